@@ -1,0 +1,311 @@
+"""Regions: a whole compiled graph as plain data; what the PyTorch storey hands down.
+
+A `Region` lists tensors (`Buffer`), what the caller passes (`inputs`), what it gets back
+(`outputs`) and the kernels to run in order (`steps`). Sizes may be symbolic: index expressions over
+`symbols`, each of which is read from an input when the region is called, so one region serves every
+sequence length. There is no torch object inside; a region can be pickled, cached on disk and run
+by a process that never imports torch.
+
+Meaning: run the steps in order. Each step applies its kernel to views of buffers. Temporaries
+have no value before the step that first writes them. Steps never overlap in meaning; a step's
+outputs and inputs are the same memory only where its kernel parameter says `readwrite`.
+
+The caller owns inputs and outputs: it reads the symbols, allocates every buffer of kind "output"
+(`size` elements), runs the region through an `Executor`, and makes tensors of `outputs`. The
+executor owns temporaries and constants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+from pagoda.compiler.index_expr import Const, Expr
+from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
+
+# Library kernels: name -> (argument names in order, attribute names). The output comes first; an
+# argument with "?" may be None. Shapes are the views' sizes, transposes are visible as strides.
+#
+# copy     out[...] = a[...]           same sizes, any strides; converts to out's type
+# mm       out[m,n] = a[m,k] b[k,n]
+# bmm      out[g,m,n] = a[g,m,k] b[g,k,n]
+# addmm    out[m,n] = beta*bias + alpha * a[m,k] b[k,n]; bias is a view of sizes [m,n] (a bias row
+#          has stride 0), or of sizes [n]
+# sdpa     out[b,h,q,d] = softmax(scale * q[b,h,q,e] k[b,g,s,e]^T + mask) v[b,g,s,d]; query head h
+#          uses key/value head h // (h_count / g_count). mask[b,h,q,s] (dimensions of size 1 are
+#          broadcast): bool true = visible, float = added. causal: position s is visible to query q
+#          if s <= q, both counted from 0 (torch's upper left corner). A row that sees nothing is 0.
+#
+# mm, bmm, addmm and sdpa accumulate in float32 and round once, on the way out (the weights of
+# softmax may be rounded to the type of v before they meet it: a kernel's choice).
+LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "copy": (("out", "a"), ()),
+    "mm": (("out", "a", "b"), ()),
+    "bmm": (("out", "a", "b"), ()),
+    "addmm": (("out", "bias", "a", "b"), ("alpha", "beta")),
+    "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
+}
+
+
+@dataclass(frozen=True)
+class LibraryCall:
+    """A kernel of the kernel library, by name, with its static attributes (see `LIBRARY`)."""
+
+    name: str
+    attributes: tuple[tuple[str, bool | int | float | str], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = LIBRARY[self.name][1]
+        assert tuple(name for name, _ in self.attributes) == known, (self, known)
+
+    def attribute(self, name: str) -> bool | int | float | str:
+        return dict(self.attributes)[name]
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}={value}" for name, value in self.attributes)
+        return f"{self.name}({shown})" if shown else self.name
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor's memory. `size` is in elements of `dtype`.
+
+    kind: "input" (given by the caller; `mutated` if a step writes it), "output" (allocated by the
+    caller, written by the region), "temporary" (lives inside one call), "constant" (`data` holds
+    its bytes).
+    `weight`: an input that stays the same from call to call (a module's parameter or buffer).
+    """
+
+    name: str
+    dtype: str
+    size: Expr
+    kind: Literal["input", "output", "temporary", "constant"]
+    mutated: bool = False
+    weight: bool = False
+    data: bytes | None = None
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class View:
+    """Elements of `buffers[buffer]`, as `dtype`: `offset` and `strides` in elements of `dtype`.
+
+    For a loop nest's parameter the sizes and strides are those of the whole buffer, for information
+    only: the nest holds its own index expressions, counted from `offset`.
+    """
+
+    buffer: int
+    offset: Expr
+    sizes: tuple[Expr, ...]
+    strides: tuple[Expr, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One step. `args`: a view per parameter of the loop nest, or per library argument (None for an
+    absent optional one). `symbols`: a value per symbol of the loop nest, over the region's symbols.
+    `origin`: the torch operations it came from, for messages and profiles."""
+
+    kernel: LoopNest | LibraryCall
+    args: tuple[View | None, ...]
+    symbols: tuple[Expr, ...] = ()
+    origin: str = ""
+
+    def writes(self) -> tuple[int, ...]:
+        """Buffers this step writes."""
+        if isinstance(self.kernel, LibraryCall):
+            return (self.args[0].buffer,)  # type: ignore[union-attr]
+        stored = dict.fromkeys(op.param for op in self.kernel.body if isinstance(op, Store))
+        return tuple(self.args[p].buffer for p in stored)  # type: ignore[union-attr]
+
+    def reads(self) -> tuple[int, ...]:
+        """Buffers this step reads; one that is accumulated into counts as read."""
+        if isinstance(self.kernel, LibraryCall):
+            return tuple(a.buffer for a in self.args[1:] if a is not None)
+        return tuple(
+            arg.buffer
+            for param, arg in zip(self.kernel.params, self.args, strict=True)
+            if arg is not None and param.access != "write"
+        )
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """An argument that is a tensor: `view` describes it (offset 0: the caller passes the address
+    of its first element)."""
+
+    view: View
+
+
+@dataclass(frozen=True)
+class IntInput:
+    """An argument that is a Python integer and becomes the symbol `name`. An unnamed one is
+    ignored."""
+
+    name: str | None
+
+
+@dataclass(frozen=True)
+class SymbolSource:
+    """Where a symbol's value is read when the region is called: size or stride `dim` of tensor
+    argument number `input`, or integer argument number `input` itself. `value` turns what was
+    read (the symbol "x" in it) into the symbol's value: it undoes sizes such as 2*s0."""
+
+    name: str
+    what: Literal["size", "stride", "int"]
+    input: int
+    dim: int
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Region:
+    """See the module's docstring.
+
+    inputs: one entry per argument of the call, in order. outputs: one per result, in order: a view
+    (of an output buffer; of an input for a result that aliases one), an integer expression, or
+    None. Buffers of kind "input" and "output" are in the order of first use in `inputs` and
+    `outputs`.
+    """
+
+    name: str
+    inputs: tuple[TensorInput | IntInput, ...]
+    outputs: tuple[View | Expr | None, ...]
+    symbols: tuple[SymbolSource, ...]
+    buffers: tuple[Buffer, ...]
+    steps: tuple[KernelCall, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the region without its name: equal keys mean equal regions."""
+        parts = (self.inputs, self.outputs, self.symbols, self.buffers, self.steps)
+        return hashlib.sha256(pickle.dumps([repr(p) for p in parts])).hexdigest()
+
+    def output_buffers(self) -> tuple[int, ...]:
+        """Numbers of the buffers the caller must allocate."""
+        return tuple(k for k, b in enumerate(self.buffers) if b.kind == "output")
+
+    def read_symbols(self, args: Sequence[TensorArg | int]) -> dict[str, int]:
+        """Values of all symbols for one call's arguments."""
+        values: dict[str, int] = {}
+        for source in self.symbols:
+            arg = args[source.input]
+            if source.what == "int":
+                read = int(arg)  # type: ignore[arg-type]
+            else:
+                assert isinstance(arg, TensorArg)
+                read = (arg.sizes if source.what == "size" else arg.strides)[source.dim]
+            values[source.name] = source.value.evaluate({**values, "x": read})
+        return values
+
+    def kernels(self) -> Counter[LoopNest | LibraryCall]:
+        """How often each distinct kernel is called."""
+        return Counter(step.kernel for step in self.steps)
+
+    def last_uses(self) -> dict[int, int]:
+        """For each buffer the number of the last step that touches it."""
+        last: dict[int, int] = {}
+        for number, step in enumerate(self.steps):
+            for arg in step.args:
+                if arg is not None:
+                    last[arg.buffer] = number
+        return last
+
+    def vocabulary(self) -> list[str]:
+        """Operations that the steps use: those of the loop nests and the library calls' names."""
+        names: set[str] = set()
+        for kernel in self.kernels():
+            names |= set(kernel.vocabulary() if isinstance(kernel, LoopNest) else [kernel.name])
+        return sorted(names)
+
+    def describe(self, kernels: bool = True) -> str:
+        """The region as text: tensors, steps, then (unless `kernels` is False) each distinct loop
+        nest once."""
+        names: dict[LoopNest, str] = {}
+        for kernel in self.kernels():
+            if isinstance(kernel, LoopNest):
+                names[kernel] = f"nest{len(names)}"
+        lines = [f"region {self.name}"]
+        for source in self.symbols:
+            origin = f"argument {source.input}"
+            if source.what != "int":
+                origin = f"{source.what} {source.dim} of {origin}"
+            lines.append(f"  symbol {source.name} = {source.value} where x is {origin}")
+        for number, arg in enumerate(self.inputs):
+            shown = self._show(arg.view) if isinstance(arg, TensorInput) else f"int {arg.name}"
+            flags = ""
+            if isinstance(arg, TensorInput):
+                buffer = self.buffers[arg.view.buffer]
+                flags = " weight" * buffer.weight + " mutated" * buffer.mutated
+            lines.append(f"  argument {number}: {shown}{flags}")
+        for number, step in enumerate(self.steps):
+            kernel = step.kernel
+            label = names[kernel] if isinstance(kernel, LoopNest) else str(kernel)
+            args = "; ".join("none" if a is None else self._show(a) for a in step.args)
+            symbols = f" [{_list(step.symbols)}]" if step.symbols else ""
+            origin = f"  # {step.origin}" if step.origin else ""
+            lines.append(f"  {number}: {label}{symbols}({args}){origin}")
+        for number, out in enumerate(self.outputs):
+            shown = self._show(out) if isinstance(out, View) else str(out)
+            lines.append(f"  result {number}: {shown}")
+        if kernels:
+            lines.extend(f"\n{name}: {kernel}" for kernel, name in names.items())
+        return "\n".join(lines)
+
+    def _show(self, view: View) -> str:
+        offset = "" if view.offset == Const(0) else f" + {view.offset}"
+        strides = f" strides [{_list(view.strides)}]" if view.strides else ""
+        name = self.buffers[view.buffer].name
+        return f"{name}{offset}: {view.dtype}[{_list(view.sizes)}]{strides}"
+
+
+def _list(values: Iterable[Expr]) -> str:
+    return ", ".join(map(str, values))
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """One tensor in host memory: address of its first element, sizes and strides in elements."""
+
+    pointer: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+class Executor(Protocol):
+    """Runs regions; given to the PyTorch storey at registration.
+
+    `inputs`: one entry per `region.inputs`. `outputs`: one flat `TensorArg` per
+    `region.output_buffers()`. All memory comes from the allocator given along with the executor.
+    When `run` returns, the results are in place. It may keep what it compiled, by `region.key`.
+    """
+
+    def run(
+        self,
+        region: Region,
+        inputs: Sequence[TensorArg | int],
+        outputs: Sequence[TensorArg],
+        symbols: Mapping[str, int],
+    ) -> None: ...
+
+
+class Allocator(Protocol):
+    """Device memory, seen from the host."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Address of `nbytes` of new memory, aligned to 64 bytes; raises MemoryError."""
+        ...
+
+    def free(self, pointer: int) -> None:
+        """Gives memory back; `pointer` is what `allocate` returned."""
+        ...

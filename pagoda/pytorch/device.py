@@ -1,0 +1,326 @@
+"""The torch device "pagoda": storage, factories, views, copies, and what modules need of them.
+
+Views are torch's own CPU view kernels, redispatched on device storage (they only compute sizes and
+strides). Copies between host and device move bytes. Everything that computes goes to
+`pagoda.pytorch.eager`, which compiles it for the chip.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from pagoda.compiler.region import Allocator, Executor
+from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
+
+aten = torch.ops.aten
+NAME = "pagoda"
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+class State:
+    """What the device is made of at the moment; see `use`."""
+
+    def __init__(self) -> None:
+        self.allocator: Allocator = HostAllocator()
+        self.executor: Executor | None = None
+        self.fallbacks: Counter[str] = Counter()
+
+
+state = State()
+
+
+def use(executor: Executor | None = None, allocator: Allocator | None = None) -> None:
+    """Gives the device the executor that runs its regions, and the allocator of its memory.
+
+    Tensors made before keep the memory they have, and give it back to the allocator they got it
+    from; an executor that only accepts its own memory must be set before any tensor is made.
+    """
+    if executor is not None:
+        state.executor = executor
+    if allocator is not None:
+        state.allocator = allocator
+
+
+def executor() -> Executor:
+    """The executor; raises RuntimeError if none was given."""
+    if state.executor is None:
+        raise RuntimeError(
+            'device "pagoda" cannot compute: it needs an executor, and none was set. '
+            "Call pagoda.pytorch.use(executor=...) first."
+        )
+    return state.executor
+
+
+class _Module(types.ModuleType):
+    """`torch.pagoda`."""
+
+    class device:
+        """Context manager; there is one device, so it does nothing."""
+
+        def __init__(self, device: Any = None) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *exc: object) -> bool:
+            return False
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def device_count(self) -> int:
+        return 1
+
+    def synchronize(self, device: Any = None) -> None:
+        """Every operation is finished when it returns."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
+        return types.SimpleNamespace(name=NAME, multi_processor_count=1)
+
+    def manual_seed(self, seed: int) -> None:
+        pass
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        """Random numbers are drawn from the host's generator."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, new_state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(new_state)
+
+    def fallbacks(self) -> dict[str, int]:
+        """Operations computed on the host instead of the chip since the last `reset_fallbacks`:
+        name -> count. Only those of a short allowlist ever are (`pagoda.pytorch.eager`)."""
+        return dict(state.fallbacks)
+
+    def reset_fallbacks(self) -> None:
+        state.fallbacks.clear()
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def _lazy_init(self) -> None:
+        pass
+
+
+def _contiguous_strides(size: Sequence[int]) -> list[int]:
+    strides = [1] * len(size)
+    for d in range(len(size) - 2, -1, -1):
+        strides[d] = strides[d + 1] * max(size[d + 1], 1)
+    return strides
+
+
+def _as_strided(t: torch.Tensor, size, stride, storage_offset=None) -> torch.Tensor:
+    return aten.as_strided.default.redispatch(_CPU, t, size, stride, storage_offset)
+
+
+def empty_strided(
+    size, stride, *, dtype=None, layout=None, device=None, pin_memory=None
+) -> torch.Tensor:
+    """A new uninitialised device tensor; the storage ends with its last element."""
+    dtype = dtype or torch.get_default_dtype()
+    count = 0
+    if all(size):
+        count = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    memory = device_bytes(count * dtype.itemsize, state.allocator)
+    return _as_strided(aten.view.dtype.redispatch(_CPU, memory, dtype), size, stride, 0)
+
+
+def _empty(
+    size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None
+) -> torch.Tensor:
+    if memory_format in (None, torch.contiguous_format):
+        return empty_strided(size, _contiguous_strides(size), dtype=dtype)
+    like = torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
+    return empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+
+def _resize_(t: torch.Tensor, size, *, memory_format=None) -> torch.Tensor:
+    storage = t.untyped_storage()
+    nbytes = math.prod(size) * t.dtype.itemsize
+    if nbytes > storage.nbytes() - t.storage_offset() * t.dtype.itemsize:
+        storage = device_bytes(nbytes, state.allocator).untyped_storage()
+    return aten.set_.source_Storage_storage_offset.redispatch(
+        _CPU, t, storage, 0, list(size), _contiguous_strides(size)
+    )
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking=False) -> torch.Tensor:
+    if source.device.type == NAME and target.device.type == NAME:
+        from pagoda.pytorch import eager
+
+        eager.run(aten.copy_.default, (target, source.expand(target.shape)), {})
+    else:
+        host_alias(target).copy_(host_alias(source))
+    return target
+
+
+def _copy_from_and_resize(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if target.shape != source.shape:
+        target.resize_(source.shape)
+    return _copy_from(source, target)
+
+
+def _local_scalar_dense(t: torch.Tensor) -> bool | int | float:
+    return host_alias(t).item()
+
+
+def _redispatched(op: Any) -> Callable:
+    def view(*args: Any, **kwargs: Any) -> Any:
+        return op.redispatch(_CPU, *args, **kwargs)
+
+    return view
+
+
+_VIEWS = {
+    "view": aten.view.default,
+    "_reshape_alias": aten._reshape_alias.default,
+    "view.dtype": aten.view.dtype,
+    "unfold": aten.unfold.default,
+    "set_.source_Storage_storage_offset": aten.set_.source_Storage_storage_offset,
+    "set_.source_Tensor": aten.set_.source_Tensor,
+    "set_.source_Storage": aten.set_.source_Storage,
+    "set_": aten.set_.default,
+}
+
+
+def _register_operations() -> list[torch.library.Library]:
+    """Libraries must stay alive as long as their registrations."""
+    library = torch.library.Library("aten", "IMPL")
+    for name, function in {
+        "empty.memory_format": _empty,
+        "empty_strided": empty_strided,
+        "as_strided": _as_strided,
+        "resize_": _resize_,
+        "_copy_from": _copy_from,
+        "_copy_from_and_resize": _copy_from_and_resize,
+        "_local_scalar_dense": _local_scalar_dense,
+        **{name: _redispatched(op) for name, op in _VIEWS.items()},
+    }.items():
+        library.impl(name, function, "PrivateUse1")
+    rest = torch.library.Library("_", "IMPL")
+
+    def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
+        from pagoda.pytorch import eager
+
+        return eager.run(op, args, kwargs)
+
+    rest.fallback(compute, "PrivateUse1")
+    rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    return [library, rest]
+
+
+def _storage_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _new_storage(nbytes: int) -> torch.UntypedStorage:
+    return device_bytes(nbytes, state.allocator).untyped_storage()
+
+
+def _patch_storage() -> None:
+    """`torch.UntypedStorage` on this device would need a C++ allocator: it would crash."""
+    new, clone = torch._C.StorageBase.__new__, torch.UntypedStorage.clone
+
+    def _new(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        sized = not args or isinstance(args[0], int)
+        if device is not None and torch.device(device).type == NAME and sized:
+            return _new_storage(args[0] if args else 0)
+        placed = {} if device is None else {"device": device}
+        return new(cls, *args, **placed, **kwargs)
+
+    def _clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
+        return _to_device(self) if self.device.type == NAME else clone(self)
+
+    def _to_device(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        copied = _new_storage(self.nbytes())
+        source, target = _storage_bytes(self), _storage_bytes(copied)
+        host_alias(target).copy_(host_alias(source))
+        return copied
+
+    def _pagoda(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        return self if self.device.type == NAME else _to_device(self)
+
+    torch.UntypedStorage.__new__ = staticmethod(_new)
+    torch.UntypedStorage.clone = _clone
+    torch.UntypedStorage.pagoda = _pagoda
+
+
+def _patch_module_apply() -> None:
+    """`Module.to` moves a parameter that several modules share once, and keeps it shared.
+
+    torch makes a new Parameter per owner when the device changes the tensor type, which would
+    store tied weights twice and train them apart.
+    """
+    apply = torch.nn.Module._apply
+
+    def _apply(self: torch.nn.Module, fn: Callable, recurse: bool = True) -> torch.nn.Module:
+        if getattr(fn, "_moves_once", False):
+            return apply(self, fn, recurse)
+        moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def once(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = (tensor, fn(tensor))
+            return moved[id(tensor)][1]
+
+        once._moves_once = True  # type: ignore[attr-defined]
+        owners: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append((module, name))
+        apply(self, once, recurse)
+        for (first, name), *others in owners.values():
+            for module, other in others:
+                if first._parameters[name].device.type == NAME:
+                    module._parameters[other] = first._parameters[name]
+        return self
+
+    torch.nn.Module._apply = _apply
+
+
+def _patch_printing() -> None:
+    """Tensors are printed from a host copy, not by running a dozen small kernels."""
+    from torch import _tensor_str
+
+    show = _tensor_str._tensor_str
+
+    def _show(self: torch.Tensor, indent: int) -> str:
+        return show(self.cpu() if self.device.type == NAME else self, indent)
+
+    _tensor_str._tensor_str = _show
+
+
+def _register() -> list[torch.library.Library]:
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module("torch.pagoda"))
+    libraries = _register_operations()
+    _patch_storage()
+    _patch_module_apply()
+    _patch_printing()
+    return libraries
+
+
+_libraries = _register()

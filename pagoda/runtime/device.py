@@ -1,0 +1,111 @@
+"""One device: a machine, its memory, launches on it, and the sums of what they did."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Program, Result, Slot
+from pagoda.sim import Simulator
+
+from .errors import DeviceFault
+from .memory import Allocator
+
+WATCHDOG_CYCLES = 10**11  # a hundred seconds of a 1 GHz chip
+_SLOT_FAULTS = (FaultKind.OUT_OF_SLOT, FaultKind.GATHER_INDEX, FaultKind.NO_PERMISSION)
+
+# Names the tensor at (slot, byte offset), with what the offset means in it; None: no tensor there.
+TensorNamer = Callable[[int, int], str | None]
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """One finished launch, as profiles see it."""
+
+    program: Program
+    result: Result
+
+
+class Device:
+    """A chip with an operating system of one process.
+
+    Addresses are DRAM byte addresses; `pointer` turns one into a host pointer to the same bytes.
+    """
+
+    def __init__(self, chip: Chip, machine: Machine | None = None) -> None:
+        self.chip = chip
+        self.machine = machine if machine is not None else Simulator(chip)
+        self.memory = Allocator(chip.dram_bytes, first=64)  # no allocation has address 0
+        self.watchdog = WATCHDOG_CYCLES
+        self.cycles = 0
+        self.launches = 0
+        self.counters = Counters()
+        self._listeners: list[Callable[[LaunchRecord], None]] = []
+
+    def pointer(self, address: int) -> int:
+        """Host pointer of a DRAM address."""
+        return self.machine.dram.ctypes.data + address
+
+    def address(self, pointer: int) -> int:
+        """DRAM address of a host pointer. Raises ValueError if it lies outside the DRAM."""
+        address = pointer - self.machine.dram.ctypes.data
+        if not 0 <= address < self.chip.dram_bytes:
+            raise ValueError(
+                f"host pointer {pointer:#x}: not in the memory of device {self.chip.name!r}; "
+                "move the tensor to the device first"
+            )
+        return address
+
+    def array(self, address: int, shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
+        """DRAM from `address` on as a numpy array that shares its bytes."""
+        dtype = np.dtype(dtype)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return self.machine.dram[address : address + nbytes].view(dtype).reshape(shape)
+
+    def place(self, values: np.ndarray) -> int:
+        """Allocate room for an array, copy it there (contiguous), return its address."""
+        address = self.memory.allocate(values.nbytes)
+        self.array(address, values.shape, values.dtype)[...] = values
+        return address
+
+    def launch(
+        self,
+        program: Program,
+        args: Sequence[int] = (),
+        slots: Sequence[Slot] = (),
+        tensor_at: TensorNamer | None = None,
+    ) -> Result:
+        """Run a program to its end. Raises DeviceFault if it faults."""
+        self.machine.start(Launch(program, tuple(args), tuple(slots), self.watchdog))
+        result = self.machine.wait()
+        self.cycles += result.cycles
+        self.launches += 1
+        self.counters += result.counters
+        for listener in self._listeners:
+            listener(LaunchRecord(program, result))
+        if result.fault is not None:
+            raise DeviceFault(_explain(program, result.fault, tensor_at), result.fault)
+        return result
+
+    @contextmanager
+    def listening(self, listener: Callable[[LaunchRecord], None]) -> Iterator[None]:
+        """Call `listener` after every launch inside the `with` block."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+
+def _explain(program: Program, fault: Fault, tensor_at: TensorNamer | None) -> str:
+    line = program.line_at(fault.pc)
+    where = f"kernel {line.kernel!r}, {line.file}:{line.line}" if line else f"pc {fault.pc:#x}"
+    tensor = None
+    if fault.kind in _SLOT_FAULTS and tensor_at is not None:
+        tensor = tensor_at(fault.slot, fault.offset)
+    return (
+        f"program {program.name!r} stopped in {where}: {fault.describe()}"
+        + (f"; tensor {tensor}" if tensor else "")
+        + f". {fault.kind.meaning}"
+    )
