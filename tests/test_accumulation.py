@@ -23,9 +23,7 @@ from pagoda.isa.accumulation import (
 from pagoda.isa.numbers import CANONICAL_NAN, DType, decode, encode
 
 INTEGER_OPS = (ReduceOp.ISUM, ReduceOp.IMAX)
-SPECIALS = np.array(
-    [0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0], np.float32
-)
+SPECIALS = np.array([0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0], np.float32)
 
 
 def bits(x: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The device allocator: alignment, coalescing, exhaustion, and a model check over random calls."""
 
+import itertools
 import re
 
 import pytest
@@ -71,7 +72,7 @@ def test_live_allocations_never_overlap_and_nothing_leaks(requests, random):
             except OutOfDeviceMemory:
                 assert sum(-(-n // 64) * 64 for n in live.values()) + request > 0
         ordered = sorted(live.items())
-        for (start, size), (following, _) in zip(ordered, ordered[1:], strict=False):
+        for (start, size), (following, _) in itertools.pairwise(ordered):
             assert start + size <= following
         assert all(start >= 64 and start + size <= 8192 for start, size in ordered)
     for address in live:

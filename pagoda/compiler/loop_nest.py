@@ -31,8 +31,8 @@ Meaning, line by line:
   a `Store` rounds to nearest even. Values are float32, float64, bool or integers. So there is no
   rounding between fused operations (Inductor's own rule).
 - `Load` with a mask yields `other` where the mask is false, and does not touch memory there.
-- `Indirect` makes a loaded integer usable as an index (`Ref`): adds `size` if it is negative,
-  and the result must lie in [0, size).
+- `Indirect` makes a loaded integer usable as an index (`Ref`): adds `size` if it is negative. The
+  result must lie in [0, size) wherever an access uses it; under a false mask it is not looked at.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Bitcast(Op):
 
 @dataclass(frozen=True)
 class Indirect(Op):
-    """A checked index: `value`, plus `size` where negative; must lie in [0, size)."""
+    """A checked index: `value`, plus `size` where negative; in [0, size) wherever it is used."""
 
     value: int
     size: Expr
@@ -391,6 +391,11 @@ class Builder:
             if isinstance(self._body[number], Store) and self._body[number].param == param:
                 break
         return self._emit(op)
+
+    def is_masked_load(self, value: int, mask: int, other: Scalar) -> bool:
+        """Whether a value is a load under exactly this mask that yields `other` elsewhere."""
+        op = self._body[value]
+        return isinstance(op, Load) and op.mask == mask and op.other == other
 
     def store(
         self,

@@ -35,6 +35,9 @@ STORAGE = {
 }  # fmt: skip
 
 
+_OUTSIDE = -(2**40)  # makes the access that uses a bad index fail, unless it is masked out
+
+
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     """uint16 bit patterns to their float32 values (exact)."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -138,9 +141,7 @@ def _step(nest, op, values, buffers, shape, position, symbols) -> Any:
             limit = size.evaluate(symbols)
             index = np.asarray(values[value], np.int64)
             index = np.where(index < 0, index + limit, index)
-            if index.size and (index.min() < 0 or index.max() >= limit):
-                raise IndexError(f"index out of range: {values[value]} in a size of {limit}")
-            return index
+            return np.where((index < 0) | (index >= limit), _OUTSIDE, index)
         case Reduce(kind, value, dtype):
             return _reduce(nest, kind, values[value], dtype, shape)
     raise TypeError(f"no such operation: {op!r}")

@@ -106,6 +106,9 @@ class Int(Scalar):
         return str(self.value)
 
 
+ZERO, ONE = Int(0), Int(1)
+
+
 @dataclass(frozen=True)
 class Variable(Scalar):
     name: str
@@ -239,9 +242,9 @@ def binary(op: str, left: Scalar | int, right: Scalar | int) -> Scalar:
             return Int(0)
         if op == "-":
             op, right = "+", Int(wrap(-right.value))
-        if op in ("+", "*") and isinstance(left, Binary) and left.op == op:
-            if isinstance(left.right, Int):
-                return binary(op, left.left, Int(wrap(_FOLD[op](left.right.value, right.value))))
+        nested = isinstance(left, Binary) and left.op == op and isinstance(left.right, Int)
+        if op in ("+", "*") and nested:
+            return binary(op, left.left, Int(wrap(_FOLD[op](left.right.value, right.value))))
     if left == right and op in ("min", "max", "-"):
         return Int(0) if op == "-" else left
     return Binary(op, left, right)

@@ -62,7 +62,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from pagoda.compiler.errors import Location
-from pagoda.compiler.scalar import Int, Scalar, scalar
+from pagoda.compiler.scalar import ONE, ZERO, Int, Scalar, scalar
 from pagoda.isa.numbers import DType
 
 LOCAL_DTYPES = (DType.F32, DType.BF16, DType.I32, DType.I8)
@@ -119,11 +119,11 @@ class Tile:
 @dataclass(frozen=True)
 class View:
     tile: Tile
-    row: Scalar = Int(0)
-    col: Scalar = Int(0)
+    row: Scalar = ZERO
+    col: Scalar = ZERO
 
     def __str__(self) -> str:
-        if self.row == Int(0) and self.col == Int(0):
+        if self.row == ZERO and self.col == ZERO:
             return self.tile.name
         return f"{self.tile.name}[{self.row}, {self.col}]"
 
@@ -134,12 +134,12 @@ class Access:
     `row_stride` and planes `plane_stride` bytes apart (signed); columns are contiguous."""
 
     tensor: str
-    offset: Scalar = Int(0)
-    row_stride: Scalar = Int(0)
-    plane_stride: Scalar = Int(0)
+    offset: Scalar = ZERO
+    row_stride: Scalar = ZERO
+    plane_stride: Scalar = ZERO
 
     def __str__(self) -> str:
-        planes = "" if self.plane_stride == Int(0) else f", planes {self.plane_stride}"
+        planes = "" if self.plane_stride == ZERO else f", planes {self.plane_stride}"
         return f"{self.tensor}[{self.offset} bytes; rows {self.row_stride}{planes}]"
 
 
@@ -173,10 +173,17 @@ class Tree:
         return ()
 
     def walk(self) -> Iterator[Tree]:
-        """This node and all below it, children first."""
-        for child in self.children():
-            yield from child.walk()
-        yield self
+        """This node and all below it, children first; an object used twice comes once."""
+        seen: set[int] = set()
+
+        def visit(node: Tree) -> Iterator[Tree]:
+            if id(node) not in seen:
+                seen.add(id(node))
+                for child in node.children():
+                    yield from visit(child)
+                yield node
+
+        yield from visit(self)
 
 
 @dataclass(frozen=True)
@@ -243,7 +250,7 @@ class Apply(Tree):
         return f"{self.function}({', '.join(map(str, self.arguments))})"
 
 
-def splat(value: Scalar | int | float, kind: str | None = None) -> Splat:
+def splat(value: Scalar | float, kind: str | None = None) -> Splat:
     """A constant tile: a Python float (rounded to float32), an int, or a run-time scalar.
 
     A run-time scalar with kind="float" holds the bits of a float32.
@@ -372,9 +379,9 @@ class Load(Statement):
     source: Access
     rows: Scalar
     cols: Scalar
-    planes: Scalar = Int(1)
-    pad_rows: tuple[Scalar, Scalar] = (Int(0), Int(0))
-    pad_cols: tuple[Scalar, Scalar] = (Int(0), Int(0))
+    planes: Scalar = ONE
+    pad_rows: tuple[Scalar, Scalar] = (ZERO, ZERO)
+    pad_cols: tuple[Scalar, Scalar] = (ZERO, ZERO)
     row_stride: Scalar | None = None
     plane_stride: Scalar | None = None
 
@@ -387,7 +394,7 @@ class Store(Statement):
     source: View
     rows: Scalar
     cols: Scalar
-    planes: Scalar = Int(1)
+    planes: Scalar = ONE
     accumulate: bool = False
     row_stride: Scalar | None = None
     plane_stride: Scalar | None = None
@@ -435,11 +442,11 @@ class Dot(Statement):
     m: Scalar
     n: Scalar
     k: Scalar
-    accumulate: Scalar = Int(0)
+    accumulate: Scalar = ZERO
     transpose_a: bool = False
     transpose_b: bool = False
     a_outer: tuple[tuple[Scalar, Scalar], ...] = ()
-    k_outer: tuple[Scalar, Scalar] = (Int(1), Int(0))
+    k_outer: tuple[Scalar, Scalar] = (ONE, ZERO)
 
 
 @dataclass(frozen=True)
@@ -474,8 +481,8 @@ class Reduce(Statement):
     rows: Scalar
     cols: Scalar
     axis: Literal["row", "col"] = "row"
-    first: Scalar = Int(1)
-    start: Scalar = Int(0)
+    first: Scalar = ONE
+    start: Scalar = ZERO
 
 
 @dataclass(frozen=True)
@@ -505,9 +512,9 @@ class Iota(Statement):
     destination: View
     rows: Scalar
     cols: Scalar
-    start: Scalar = Int(0)
-    row_step: Scalar = Int(0)
-    col_step: Scalar = Int(1)
+    start: Scalar = ZERO
+    row_step: Scalar = ZERO
+    col_step: Scalar = ONE
 
 
 @dataclass(frozen=True)

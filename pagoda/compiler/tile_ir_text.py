@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pagoda.compiler.scalar import Int, Scalar
+from pagoda.compiler.scalar import ONE, ZERO, Scalar
 from pagoda.compiler.tile_ir import (
     Barrier,
     Body,
@@ -49,7 +49,7 @@ def _tensor(tensor: Tensor) -> str:
 def _lines(body: Body, indent: str) -> Iterator[str]:
     for statement in body:
         if isinstance(statement, For):
-            step = "" if statement.step == Int(1) else f", {statement.step}"
+            step = "" if statement.step == ONE else f", {statement.step}"
             bounds = f"{statement.start}, {statement.stop}{step}"
             yield f"{indent}for {statement.variable} in range({bounds}):"
             yield from _lines(statement.body, indent + "  ")
@@ -81,12 +81,12 @@ def statement_text(statement: Statement) -> str:
         case Declare(tile):
             return f"tile {tile}" + _when(tile.buffers, f" buffers {tile.buffers}")
         case Load(destination, source, rows, cols, planes):
-            shape = _extents(*(() if planes == Int(1) else (planes,)), rows, cols)
+            shape = _extents(*(() if planes == ONE else (planes,)), rows, cols)
             pads = (*statement.pad_rows, *statement.pad_cols)
-            padding = _when(any(p != Int(0) for p in pads), f" pad {', '.join(map(str, pads))}")
+            padding = _when(any(p != ZERO for p in pads), f" pad {', '.join(map(str, pads))}")
             return f"{destination} = load {source} {shape}{padding}{_strides(statement)}"
         case Store(destination, source, rows, cols, planes, accumulate):
-            shape = _extents(*(() if planes == Int(1) else (planes,)), rows, cols)
+            shape = _extents(*(() if planes == ONE else (planes,)), rows, cols)
             verb = "accumulate" if accumulate else "store"
             return f"{verb} {destination} = {source} {shape}{_strides(statement)}"
         case Gather(destination, source, index, rows, cols):
@@ -124,6 +124,6 @@ def _dot(dot: Dot) -> str:
     a = f"transpose {dot.a}" if dot.transpose_a else str(dot.a)
     b = f"transpose {dot.b}" if dot.transpose_b else str(dot.b)
     outer = "".join(f" rows {count} by {stride}" for count, stride in dot.a_outer)
-    runs = _when(dot.k_outer[0] != Int(1), f" runs {dot.k_outer[0]} by {dot.k_outer[1]}")
-    keep = _when(dot.accumulate != Int(0), f" accumulate {dot.accumulate}")
+    runs = _when(dot.k_outer[0] != ONE, f" runs {dot.k_outer[0]} by {dot.k_outer[1]}")
+    keep = _when(dot.accumulate != ZERO, f" accumulate {dot.accumulate}")
     return f"{dot.acc} = dot {a}, {b} {_extents(dot.m, dot.n, dot.k)}{keep}{outer}{runs}"

@@ -27,7 +27,7 @@ from pagoda.isa.functions import VECTOR_FUNCTIONS
 from pagoda.isa.memory_map import COMMAND_PORT
 from pagoda.isa.numbers import DType
 
-Row = TypeVar("Row")
+Value = TypeVar("Value")
 
 WORDS_PER_BANK = 16
 BANK_BYTES = 4 * WORDS_PER_BANK
@@ -324,7 +324,7 @@ def _show(field: Field, value: int) -> str:
     return f"{field.name}={names.get(value, value)}"
 
 
-def _known(name: str, table: Mapping[str, Row], what: str) -> Row:
+def _known(name: str, table: Mapping[str, Value], what: str) -> Value:
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3)

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .chip import Chip
-from .fault import Fault
-from .program import Launch
+from pagoda.isa.chip import Chip
+from pagoda.isa.fault import Fault
+from pagoda.isa.program import Launch
 
 ENGINES = ("load", "store", "matrix", "vector")
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .chip import DRAM_ATOM_BYTES, SLOTS
+from pagoda.isa.chip import DRAM_ATOM_BYTES, SLOTS
 
 CONTRACT_VERSION = 0
 MAX_SLOT_BYTES = (1 << 32) - 1

@@ -278,9 +278,7 @@ def reciprocal(x: ArrayLike) -> F32:
     sign = pattern >> 31
     result = pack(sign, y, -53 - e)
     signed_infinity = _INF | (sign << 31)
-    return _choose(
-        result, (nan, CANONICAL_NAN), (zero, signed_infinity), (infinite, sign << 31)
-    )
+    return _choose(result, (nan, CANONICAL_NAN), (zero, signed_infinity), (infinite, sign << 31))
 
 
 def rsqrt(x: ArrayLike) -> F32:

@@ -6,6 +6,7 @@ May import: torch and every storey but `chip`.
 Importing this package registers the device with torch, for the whole process.
 """
 
+from pagoda.pytorch import inductor, library
 from pagoda.pytorch.device import use
 
-__all__ = ["use"]
+__all__ = ["inductor", "library", "use"]

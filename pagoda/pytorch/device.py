@@ -168,7 +168,8 @@ def _resize_(t: torch.Tensor, size, *, memory_format=None) -> torch.Tensor:
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking=False) -> torch.Tensor:
-    if source.device.type == NAME and target.device.type == NAME:
+    on_device = source.device.type == NAME and target.device.type == NAME
+    if on_device and not (target.numel() <= 1 and source.dtype == target.dtype):
         from pagoda.pytorch import eager
 
         eager.run(aten.copy_.default, (target, source.expand(target.shape)), {})

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Program, Result, Slot
+from pagoda.runtime.errors import DeviceFault
+from pagoda.runtime.memory import Allocator
 from pagoda.sim import Simulator
-
-from .errors import DeviceFault
-from .memory import Allocator
 
 WATCHDOG_CYCLES = 10**11  # a hundred seconds of a 1 GHz chip
 _SLOT_FAULTS = (FaultKind.OUT_OF_SLOT, FaultKind.GATHER_INDEX, FaultKind.NO_PERMISSION)

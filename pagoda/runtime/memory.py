@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 
-from pagoda.isa import DRAM_ATOM_BYTES
+from pagoda.isa.chip import DRAM_ATOM_BYTES
 
 
 class OutOfDeviceMemory(MemoryError):

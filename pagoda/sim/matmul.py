@@ -14,11 +14,15 @@ from numba import njit
 
 from pagoda.sim.microkernel import (
     BF16,
+    FUSED_ROWS,
+    FUSED_VECTORS,
     INT8,
     TILE_COLUMNS,
     TILE_ROWS,
     VECTOR_LENGTH,
     fma_tile,
+    fma_tile_bf16,
+    fma_tile_transposed,
     transpose_bf16,
     transpose_int8,
     widen_bf16,
@@ -34,7 +38,11 @@ TYPE_MASK, ACCUMULATE, TRANSPOSE_A, TRANSPOSE_B = 0x3, 0x10, 0x20, 0x40
 # of B together in a second-level one. K_BLOCK < 2**10 keeps int8 sums exact.
 K_BLOCK = 128
 M_BLOCK = 128
-N_BLOCK = 256
+N_BLOCK = 256 // TILE_COLUMNS * TILE_COLUMNS
+# Up to FUSED_M rows of A it is faster to widen B while multiplying than to pack it first; only A
+# is packed, so its blocks may be longer.
+FUSED_M = 8
+K_LONG = 512
 # Rows of widened A are padded: vectors may be written past the end, and rows a power of two
 # bytes apart would share cache sets.
 _A_ROW = 4 * (max(K_BLOCK, M_BLOCK) + 2 * VECTOR_LENGTH)
@@ -45,34 +53,47 @@ _TILE_AT = _A_AT + _A_ROW * max(K_BLOCK, M_BLOCK)
 _TILE_ROW = 4 * TILE_COLUMNS
 _STAGING_AT = _TILE_AT + _TILE_ROW * TILE_ROWS
 _STAGING_ROW = 4 * VECTOR_LENGTH
-SCRATCH_BYTES = _STAGING_AT + _STAGING_ROW * VECTOR_LENGTH + 64
+_LONG_A_AT = _STAGING_AT + _STAGING_ROW * VECTOR_LENGTH
+_LONG_A_ROW = 4 * (K_LONG + 2 * VECTOR_LENGTH)
+SCRATCH_BYTES = _LONG_A_AT + _LONG_A_ROW * FUSED_M + 64
 """Bytes `run_matmul` needs in `scratch`; its contents mean nothing between calls."""
 
 
-@njit(nogil=True)
-def _widen(target, sram, offset, count, size, staging):
-    """`count` elements of `size` bytes at sram[offset] -> fp32 at the address `target`; writes
-    whole vectors."""
+# Called from compiled code only: wrappers for Python would double the time to compile.
+_internal = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+@_internal
+def _widen(target, target_stride, sram, offset, stride, rows, count, size, staging):
+    """`rows` rows of `count` elements of `size` bytes at sram[offset], `stride` apart -> fp32
+    rows at the address `target`; writes whole vectors."""
     vectors = (count + VECTOR_LENGTH - 1) // VECTOR_LENGTH
-    source = sram.ctypes.data + offset
-    if offset + vectors * VECTOR_LENGTH * size > sram.size:
-        # the last vector would be read past the end of the memory
-        vectors = count // VECTOR_LENGTH
-        done = vectors * VECTOR_LENGTH
-        for i in range((count - done) * size):
-            staging[i] = sram[offset + done * size + i]
+    whole = rows
+    while whole > 0 and (
+        offset + (whole - 1) * stride + vectors * VECTOR_LENGTH * size > sram.size
+    ):
+        # the last vector of this row would be read past the end of the memory
+        whole -= 1
+    if whole > 0:
+        source = sram.ctypes.data + offset
         if size == 2:
-            widen_bf16(target + 4 * done, staging.ctypes.data, 1)
+            widen_bf16(target, target_stride, source, stride, whole, vectors)
         else:
-            widen_int8(target + 4 * done, staging.ctypes.data, 1)
-    if vectors > 0:
-        if size == 2:
-            widen_bf16(target, source, vectors)
-        else:
-            widen_int8(target, source, vectors)
+            widen_int8(target, target_stride, source, stride, whole, vectors)
+    staged = staging.ctypes.data
+    for row in range(whole, rows):
+        for first in range(0, count, VECTOR_LENGTH):
+            at = offset + row * stride + first * size
+            for i in range(min(VECTOR_LENGTH, count - first) * size):
+                staging[i] = sram[at + i]
+            vector = target + row * target_stride + 4 * first
+            if size == 2:
+                widen_bf16(vector, 0, staged, 0, 1, 1)
+            else:
+                widen_int8(vector, 0, staged, 0, 1, 1)
 
 
-@njit(nogil=True)
+@_internal
 def _transpose(target, sram, offset, stride, rows, count, size, staging):
     """`rows` <= VECTOR_LENGTH rows of `count` elements of B, transposed into a panel; writes a
     whole vector of columns and whole blocks of k."""
@@ -99,7 +120,7 @@ def _transpose(target, sram, offset, stride, rows, count, size, staging):
             transpose_int8(block_target, staging.ctypes.data, _STAGING_ROW, 1)
 
 
-@njit(nogil=True)
+@_internal
 def _pack_b(panels, sram, fields, size, k, k_count, n, n_count, staging):
     """B[k : k + k_count, n : n + n_count] -> panels of K_BLOCK rows of TILE_COLUMNS floats."""
     base, stride = fields[B], fields[B_STRIDE]
@@ -111,43 +132,43 @@ def _pack_b(panels, sram, fields, size, k, k_count, n, n_count, staging):
             rows = min(VECTOR_LENGTH, n_count - j)
             _transpose(target, sram, offset, stride, rows, k_count, size, staging)
         return
-    for i in range(k_count):
-        offset = base + (k + i) * stride + n * size
-        for j in range(0, n_count, TILE_COLUMNS):
-            target = panels + (j // TILE_COLUMNS) * _PANEL_BYTES + i * 4 * TILE_COLUMNS
-            columns = min(TILE_COLUMNS, n_count - j)
-            _widen(target, sram, offset + j * size, columns, size, staging)
+    for j in range(0, n_count, TILE_COLUMNS):
+        target = panels + (j // TILE_COLUMNS) * _PANEL_BYTES
+        offset = base + k * stride + (n + j) * size
+        columns = min(TILE_COLUMNS, n_count - j)
+        _widen(target, np.int64(_TILE_ROW), sram, offset, stride, k_count, columns, size, staging)
 
 
-@njit(nogil=True)
-def _pack_a(rows, sram, fields, size, m, m_count, k, k_count, staging):
-    """A[m : m + m_count, k : k + k_count] -> fp32 rows _A_ROW bytes apart, one per m, or one per
+@_internal
+def _pack_a(rows, rows_stride, sram, fields, size, m, m_count, k, k_count, staging):
+    """A[m : m + m_count, k : k + k_count] -> fp32 rows `rows_stride` bytes apart, one per m, or one per
     k if A is stored transposed."""
-    base = fields[A]
+    base, row_stride = fields[A], fields[M0_STRIDE]
     if fields[GO] & TRANSPOSE_A:
-        for i in range(k_count):
-            offset = base + (k + i) * fields[M0_STRIDE] + m * size
-            _widen(rows + i * _A_ROW, sram, offset, m_count, size, staging)
+        offset = base + k * row_stride + m * size
+        _widen(rows, rows_stride, sram, offset, row_stride, k_count, m_count, size, staging)
         return
     inner = fields[K_INNER]
-    for i in range(m_count):
+    i = 0
+    while i < m_count:
         i12, i0 = divmod(m + i, fields[M0])
         i2, i1 = divmod(i12, fields[M1])
-        offset = (
-            base + i2 * fields[M2_STRIDE] + i1 * fields[M1_STRIDE] + i0 * fields[M0_STRIDE]
-        )
+        run = min(fields[M0] - i0, m_count - i)
+        row = base + i2 * fields[M2_STRIDE] + i1 * fields[M1_STRIDE] + i0 * row_stride
         outer, start = divmod(k, inner)
         done = 0
         while done < k_count:
             length = min(inner - start, k_count - done)
-            piece = offset + outer * fields[K_OUTER_STRIDE] + start * size
-            _widen(rows + i * _A_ROW + 4 * done, sram, piece, length, size, staging)
+            offset = row + outer * fields[K_OUTER_STRIDE] + start * size
+            target = rows + i * rows_stride + 4 * done
+            _widen(target, rows_stride, sram, offset, row_stride, run, length, size, staging)
             done += length
             outer += 1
             start = 0
+        i += run
 
 
-@njit(nogil=True)
+@_internal
 def _add_tile(acc32, tile, target, stride, rows, columns, from_zero):
     """int8: adds an exact fp32 tile to int32 accumulators, which wrap."""
     for i in range(rows):
@@ -158,37 +179,35 @@ def _add_tile(acc32, tile, target, stride, rows, columns, from_zero):
             outputs[j] = np.int32(old + np.int32(sums[j]))
 
 
-@njit(nogil=True)
-def _tiles(acc, acc32, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_count, zero, tile):
+@_internal
+def _tiles(acc, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_count, zero, tile):
     """One block of outputs += packed A block * packed B block."""
-    base, stride = fields[ACC], fields[ACC_STRIDE]
-    direct = (fields[GO] & TYPE_MASK) == BF16
+    acc32 = acc.view(np.int32)
+    floats = (fields[GO] & TYPE_MASK) == BF16
+    stride = fields[ACC_STRIDE]
     groups = (m_count + TILE_ROWS - 1) // TILE_ROWS
     for j in range(0, n_count, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n_count - j)
         vectors = (columns + VECTOR_LENGTH - 1) // VECTOR_LENGTH
-        whole = columns == vectors * VECTOR_LENGTH
+        direct = floats and columns == vectors * VECTOR_LENGTH
         panel = panels + (j // TILE_COLUMNS) * _PANEL_BYTES
         i = 0
         for group in range(groups):
             # rows spread evenly over the tiles: 128 rows = 18 tiles of 6 and 4 of 5
             rows = (m_count - i + groups - group - 1) // (groups - group)
-            target = base + (m + i) * stride + 4 * (n + j)
-            a_tile = a + i * a_row
-            if direct and whole:
-                address = acc.ctypes.data + target
-                fma_tile(
-                    rows, vectors, a_tile, a_row, a_k, panel, address, stride, k_count, zero
-                )
+            target = fields[ACC] + (m + i) * stride + 4 * (n + j)
+            clear = zero
+            if direct:
+                c, c_row = np.int64(acc.ctypes.data + target), stride
             else:
-                if direct and not zero:
+                c, c_row = np.int64(tile.ctypes.data), np.int64(_TILE_ROW)
+                if not floats:
+                    clear = 1
+                elif not zero:
                     _copy(tile, 0, TILE_COLUMNS, acc32, target >> 2, stride >> 2, rows, columns)
-                address = tile.ctypes.data
-                clear = 1 if zero or not direct else 0
-                fma_tile(
-                    rows, vectors, a_tile, a_row, a_k, panel, address, _TILE_ROW, k_count, clear
-                )
-                if direct:
+            fma_tile(rows, vectors, a + i * a_row, a_row, a_k, panel, c, c_row, k_count, clear)
+            if not direct:
+                if floats:
                     _copy(acc32, target >> 2, stride >> 2, tile, 0, TILE_COLUMNS, rows, columns)
                 else:
                     sums = tile.view(np.float32)
@@ -196,7 +215,7 @@ def _tiles(acc, acc32, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_
             i += rows
 
 
-@njit(nogil=True)
+@_internal
 def _copy(target, at, at_stride, source, start, start_stride, rows, columns):
     """`rows` x `columns` words from `source` to `target`; offsets and strides in words."""
     for i in range(rows):
@@ -204,6 +223,99 @@ def _copy(target, at, at_stride, source, start, start_stride, rows, columns):
         outputs = target[at + i * at_stride : at + i * at_stride + columns]
         for j in range(columns):
             outputs[j] = words[j]
+
+
+@_internal
+def _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, k_begin):
+    """Outputs m_begin..m_end x n_begin..n_end from k_begin on, by packed blocks."""
+    size = 1 if (fields[GO] & TYPE_MASK) == INT8 else 2
+    panels = np.int64(scratch.ctypes.data)
+    a = panels + _A_AT
+    tile = scratch[_TILE_AT:_STAGING_AT].view(np.int32)
+    staging = scratch[_STAGING_AT:_LONG_A_AT]
+    packed_row = np.int64(_A_ROW)
+    a_row, a_k = packed_row, np.int64(4)
+    if fields[GO] & TRANSPOSE_A:
+        a_row, a_k = a_k, a_row
+    # With one block of A per k block, each B panel is used as soon as it is packed.
+    n_step = TILE_COLUMNS if m_end - m_begin <= M_BLOCK else N_BLOCK
+    k_end = fields[K_INNER] * fields[K_OUTER]
+    for k in range(k_begin, k_end, K_BLOCK):
+        k_count = min(K_BLOCK, k_end - k)
+        zero = 1 if k == 0 and not fields[GO] & ACCUMULATE else 0
+        for n in range(n_begin, n_end, n_step):
+            n_count = min(n_step, n_end - n)
+            _pack_b(panels, sram, fields, size, k, k_count, n, n_count, staging)
+            for m in range(m_begin, m_end, M_BLOCK):
+                m_count = min(M_BLOCK, m_end - m)
+                if n == n_begin or n_step == N_BLOCK:
+                    _pack_a(a, packed_row, sram, fields, size, m, m_count, k, k_count, staging)
+                _tiles(
+                    acc, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_count, zero,
+                    tile,
+                )  # fmt: skip
+
+
+@_internal
+def _run_fused(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, k_end):
+    """bf16 for few rows of a plain A, and k < `k_end`: B is widened while it is multiplied.
+
+    Reads whole vectors of columns, so some past `n_end`; if B is stored transposed, `k_end` is
+    a multiple of 2*VECTOR_LENGTH.
+    """
+    transposed = (fields[GO] & TRANSPOSE_B) != 0
+    stride, acc_stride = fields[B_STRIDE], fields[ACC_STRIDE]
+    acc32 = acc.view(np.int32)
+    tile = scratch[_TILE_AT:_STAGING_AT].view(np.int32)
+    staging = scratch[_STAGING_AT:_LONG_A_AT]
+    a_row = np.int64(_LONG_A_ROW)
+    a = np.int64(scratch.ctypes.data + _LONG_A_AT)
+    size, step = np.int64(2), np.int64(FUSED_VECTORS * VECTOR_LENGTH if transposed else TILE_COLUMNS)
+    for k in range(0, k_end, K_LONG):
+        k_count = min(K_LONG, k_end - k)
+        zero = 1 if k == 0 and not fields[GO] & ACCUMULATE else 0
+        _pack_a(a, a_row, sram, fields, size, m_begin, m_end - m_begin, k, k_count, staging)
+        for n in range(n_begin, n_end, step):
+            columns = min(step, n_end - n)
+            vectors = (columns + VECTOR_LENGTH - 1) // VECTOR_LENGTH
+            direct = columns == vectors * VECTOR_LENGTH
+            b = np.int64(sram.ctypes.data + fields[B])
+            b += n * stride + 2 * k if transposed else k * stride + 2 * n
+            for m in range(m_begin, m_end, FUSED_ROWS):
+                rows = min(FUSED_ROWS, m_end - m)
+                a_tile = a + (m - m_begin) * a_row
+                target = fields[ACC] + m * acc_stride + 4 * n
+                at = target >> 2
+                if direct:
+                    c, c_row = np.int64(acc.ctypes.data + target), acc_stride
+                else:
+                    c, c_row = np.int64(tile.ctypes.data), np.int64(_TILE_ROW)
+                    _copy(tile, 0, TILE_COLUMNS, acc32, at, acc_stride >> 2, rows, columns)
+                if transposed:
+                    blocks = k_count // (2 * VECTOR_LENGTH)
+                    fma_tile_transposed(
+                        rows, vectors, a_tile, a_row, b, stride, c, c_row, blocks, zero
+                    )
+                else:
+                    fma_tile_bf16(
+                        rows, vectors, a_tile, a_row, b, stride, c, c_row, k_count, zero
+                    )
+                if not direct:
+                    _copy(acc32, at, acc_stride >> 2, tile, 0, TILE_COLUMNS, rows, columns)
+
+
+@_internal
+def _columns_to_fuse(sram, fields, n_begin, n_end, k_end):
+    """`n_end`, or less if whole vectors of the last columns would be read past SRAM's end."""
+    tail = (n_end - n_begin) % VECTOR_LENGTH
+    if tail == 0:
+        return n_end
+    whole = n_end - tail
+    if fields[GO] & TRANSPOSE_B:
+        last = (whole + VECTOR_LENGTH - 1) * fields[B_STRIDE] + 2 * k_end
+    else:
+        last = (k_end - 1) * fields[B_STRIDE] + 2 * (whole + VECTOR_LENGTH)
+    return n_end if fields[B] + last <= sram.size else whole
 
 
 @njit(nogil=True)
@@ -214,37 +326,27 @@ def run_matmul_range(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end)
     """
     if m_begin >= m_end or n_begin >= n_end:
         return
-    acc32 = acc.view(np.int32)
-    k_total = fields[K_INNER] * fields[K_OUTER]
-    accumulate = (fields[GO] & ACCUMULATE) != 0
-    if k_total == 0:
-        if not accumulate:
+    go = fields[GO]
+    k_end = fields[K_INNER] * fields[K_OUTER]
+    if k_end == 0:
+        if not go & ACCUMULATE:
+            acc32 = acc.view(np.int32)
             for m in range(m_begin, m_end):
                 row = (fields[ACC] + m * fields[ACC_STRIDE]) >> 2
                 acc32[row + n_begin : row + n_end] = 0
         return
-    size = 1 if (fields[GO] & TYPE_MASK) == INT8 else 2
     aligned = -scratch.ctypes.data % 64
-    panels = scratch.ctypes.data + aligned
-    a = panels + _A_AT
-    tile = scratch[aligned + _TILE_AT : aligned + _STAGING_AT].view(np.int32)
-    staging = scratch[aligned + _STAGING_AT :]
-    a_row, a_k = _A_ROW, 4
-    if fields[GO] & TRANSPOSE_A:
-        a_row, a_k = 4, _A_ROW
-    for k in range(0, k_total, K_BLOCK):
-        k_count = min(K_BLOCK, k_total - k)
-        zero = 1 if k == 0 and not accumulate else 0
-        for n in range(n_begin, n_end, N_BLOCK):
-            n_count = min(N_BLOCK, n_end - n)
-            _pack_b(panels, sram, fields, size, k, k_count, n, n_count, staging)
-            for m in range(m_begin, m_end, M_BLOCK):
-                m_count = min(M_BLOCK, m_end - m)
-                _pack_a(a, sram, fields, size, m, m_count, k, k_count, staging)
-                _tiles(
-                    acc, acc32, fields, a, a_row, a_k, panels, m, m_count, n, n_count,
-                    k_count, zero, tile,
-                )  # fmt: skip
+    scratch = scratch[aligned : aligned + SCRATCH_BYTES - 64]
+    n_fused, k_fused = n_begin, np.int64(0)
+    few = m_end - m_begin <= FUSED_M
+    if few and (go & TYPE_MASK) == BF16 and not go & TRANSPOSE_A:
+        k_fused = k_end - k_end % (2 * VECTOR_LENGTH) if go & TRANSPOSE_B else k_end
+        n_fused = _columns_to_fuse(sram, fields, n_begin, n_end, k_fused)
+        _run_fused(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_fused, k_fused)
+    # what is left: the last k of the fused columns, all k of the others
+    _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_fused, k_fused)
+    k_fused = np.int64(0)
+    _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_fused, n_end, k_fused)
 
 
 @njit(nogil=True)
@@ -256,4 +358,5 @@ def run_matmul(sram, acc, fields, scratch):
     scratch: uint8[SCRATCH_BYTES] or more, one per thread.
     """
     rows = fields[M0] * fields[M1] * fields[M2]
-    run_matmul_range(sram, acc, fields, scratch, 0, rows, 0, fields[N])
+    first = np.int64(0)
+    run_matmul_range(sram, acc, fields, scratch, first, rows, first, fields[N])

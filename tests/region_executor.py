@@ -1,0 +1,104 @@
+"""Runs regions on the host, for tests of the PyTorch storey alone: loop nests by the oracle,
+library calls by torch on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest
+from pagoda.compiler.loop_nest_oracle import STORAGE, evaluate
+from pagoda.compiler.region import KernelCall, Region, TensorArg, View
+
+
+class HostExecutor:
+    """`calls` counts kernels run, by name; `regions` lists the regions seen, each once."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.regions: dict[str, Region] = {}
+
+    def run(
+        self,
+        region: Region,
+        inputs: Sequence[TensorArg | int],
+        outputs: Sequence[TensorArg],
+        symbols: Mapping[str, int],
+    ) -> None:
+        self.regions[region.key] = region
+        memory: dict[int, np.ndarray] = {}
+        for entry, arg in zip(region.inputs, inputs, strict=True):
+            if isinstance(arg, TensorArg):
+                memory[entry.view.buffer] = _bytes(arg)
+        for number, arg in zip(region.output_buffers(), outputs, strict=True):
+            memory[number] = _bytes(arg)
+            memory[number][:] = 0xA5
+        for number, buffer in enumerate(region.buffers):
+            if buffer.kind == "temporary":
+                count = int(buffer.size.evaluate(symbols)) * buffer.itemsize
+                memory[number] = np.full(count, 0xA5, np.uint8)
+            elif buffer.kind == "constant":
+                memory[number] = np.frombuffer(buffer.data, np.uint8).copy()
+        for step in region.steps:
+            self._step(step, memory, symbols)
+
+    def _step(self, step: KernelCall, memory: dict, symbols: Mapping[str, int]) -> None:
+        if isinstance(step.kernel, LoopNest):
+            self.calls["nest"] += 1
+            flat = [_flat(arg, memory, symbols) for arg in step.args]
+            evaluate(step.kernel, flat, [s.evaluate(symbols) for s in step.symbols])
+            return
+        self.calls[step.kernel.name] += 1
+        args = [None if a is None else _tensor(a, memory, symbols) for a in step.args]
+        _library(step, *args)
+
+
+def _library(step: KernelCall, out: torch.Tensor, *args: torch.Tensor | None) -> None:
+    attributes = dict(step.kernel.attributes)
+    match step.kernel.name:
+        case "copy":
+            out.copy_(args[0])
+        case "mm" | "bmm":
+            out.copy_(torch.matmul(args[0].float(), args[1].float()))
+        case "addmm":
+            bias, a, b = (t.float() for t in args)
+            out.copy_(torch.addmm(bias, a, b, **attributes))
+        case "sdpa":
+            q, k, v, mask = args
+            groups = q.shape[1] // k.shape[1]
+            out.copy_(
+                torch.nn.functional.scaled_dot_product_attention(
+                    q.float(),
+                    k.float().repeat_interleave(groups, 1),
+                    v.float().repeat_interleave(groups, 1),
+                    attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.float(),
+                    is_causal=attributes["causal"],
+                    scale=attributes["scale"],
+                )
+            )
+        case name:
+            raise AssertionError(name)
+
+
+def _bytes(arg: TensorArg) -> np.ndarray:
+    count = 0
+    if all(arg.sizes):
+        count = 1 + sum((n - 1) * s for n, s in zip(arg.sizes, arg.strides, strict=True))
+    nbytes = count * ITEMSIZE[arg.dtype]
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(arg.pointer), np.uint8)
+
+
+def _flat(view: View, memory: dict, symbols: Mapping[str, int]) -> np.ndarray:
+    start = int(view.offset.evaluate(symbols)) * ITEMSIZE[view.dtype]
+    return memory[view.buffer][start:].view(STORAGE[view.dtype])
+
+
+def _tensor(view: View, memory: dict, symbols: Mapping[str, int]) -> torch.Tensor:
+    flat = torch.from_numpy(memory[view.buffer]).view(getattr(torch, view.dtype))
+    sizes = [s.evaluate(symbols) for s in view.sizes]
+    strides = [s.evaluate(symbols) for s in view.strides]
+    return flat.as_strided(sizes, strides, view.offset.evaluate(symbols))
