@@ -22,6 +22,7 @@ from pagoda.isa.numbers import DType
 from pagoda.isa.program import Launch, Program, Slot
 
 PORT, VALUE, ADDRESS, CORE_OFFSET = 5, 6, 7, 8  # registers the programs use
+FIRST_GO = 10  # go values of a burst, in this register and the next ones
 CORE_STEP = 1 << 16  # a core's share of every slot: core k works at offset k * CORE_STEP
 REGION = 2048  # local buffers start in multiples of this
 LOCAL_DTYPES = (DType.F32, DType.BF16, DType.I32, DType.I8)
@@ -33,7 +34,7 @@ MEMORY_DTYPES = {
 
 @dataclass
 class Assembler:
-    """Builds a program from commands; a field register that already has its value is not written."""
+    """Builds a program from commands; a field that already has its value is not written."""
 
     code: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
@@ -60,23 +61,36 @@ class Assembler:
         shift = CORE_STEP.bit_length() - 1
         self.code.append(rv32.encode("slli", rd=CORE_OFFSET, rs1=CORE_OFFSET, shamt=shift))
 
-    def command(self, name: str, go_bits: int = 0, per_core: bool = False, **fields: int) -> None:
-        """Issue a command; go_bits are xored into the go word (to set reserved bits)."""
-        bank = COMMANDS[name].bank
-        offset_word = COMMANDS[name].by_name["offset"].word if "offset" in fields else -1
+    def set_fields(self, name: str, per_core: bool = False, **fields: int) -> int:
+        """Write a command's fields; returns the value that issues it."""
+        command, go = COMMANDS[name], 0
         for word, value in encode(name, **fields):
             if word == 0:
-                self.store(bank, 0, value ^ go_bits)
-            elif per_core and word == offset_word:
+                go = value
+            elif per_core and word == command.by_name.get("offset", command.fields[0]).word:
                 self.load_immediate(VALUE, value)
                 self.code.append(rv32.encode("add", rd=VALUE, rs1=VALUE, rs2=CORE_OFFSET))
-                self.code.append(
-                    rv32.encode("sw", rs2=VALUE, rs1=PORT, imm=64 * bank + 4 * word)
-                )
-            elif self._registers.get((bank, word)) != value:
-                self._registers[bank, word] = value
-                self.store(bank, word, value)
-        self.text.append(disassemble(name, fields) + (f" go^{go_bits:#x}" if go_bits else ""))
+                imm = 64 * command.bank + 4 * word
+                self.code.append(rv32.encode("sw", rs2=VALUE, rs1=PORT, imm=imm))
+            elif self._registers.get((command.bank, word)) != value:
+                self._registers[command.bank, word] = value
+                self.store(command.bank, word, value)
+        self.text.append(disassemble(name, fields))
+        return go
+
+    def command(self, name: str, per_core: bool = False, **fields: int) -> None:
+        """Write a command's fields and issue it."""
+        self.store(COMMANDS[name].bank, 0, self.set_fields(name, per_core, **fields))
+
+    def burst(self, prepared: list[tuple[str, int]], times: int) -> None:
+        """Issue commands with the given go values one right after another, `times` times."""
+        for number, (_, go) in enumerate(prepared):
+            self.load_immediate(FIRST_GO + number, go)
+        for _ in range(times):
+            for number, (name, _) in enumerate(prepared):
+                imm = 64 * COMMANDS[name].bank
+                self.code.append(rv32.encode("sw", rs2=FIRST_GO + number, rs1=PORT, imm=imm))
+        self.text.append(f"issue {', '.join(f'{n} {go:#x}' for n, go in prepared)} x {times}")
 
     def control(self, name: str, value: int = 0) -> None:
         """fence, barrier, exit or trap."""
@@ -105,6 +119,9 @@ class CommandProgram:
         slots = [(s.base, s.size, s.readable, s.writable) for s in self.launch.slots]
         lines = "\n  ".join(self.text)
         return f"CommandProgram(watchdog={self.launch.watchdog}, slots={slots},\n  {lines})"
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:  # what hypothesis prints
+        printer.text(repr(self))
 
 
 def dram_image(nbytes: int, seed: int) -> bytes:
@@ -162,11 +179,20 @@ class _Chooser:
             return address % (2 * self.chip.acc_bytes) | ACC_BIT
         return address
 
-    def corrupt(self, fields: dict[str, int]) -> dict[str, int]:
-        """Now and then one field off by little or much."""
+    def fields(self, name: str) -> dict[str, int]:
+        """Fields of a command; now and then one is off by little or much."""
+        shapes = {
+            "load": self.three_dimensional, "store": self.three_dimensional,
+            "gather": self.indexed, "scatter": self.indexed,
+        }  # fmt: skip
+        fields = shapes.get(name, getattr(self, name, None))(name)
         if self.rarely():
-            name = self.draw(st.sampled_from(sorted(fields)))
-            fields[name] += self.pick(1, -1, 2, 3, 64, 4096, 1 << 20)
+            wrong = self.draw(st.sampled_from(sorted(fields)))
+            fields[wrong] += self.pick(1, -1, 2, 3, 64, 4096, 1 << 20)
+        for field_name, value in fields.items():
+            place = COMMANDS[name].by_name[field_name]
+            if not place.accepts(value):
+                fields[field_name] = value & (1 << place.width) - 1
         return fields
 
     def transfer(self, name: str) -> dict[str, int]:
@@ -259,7 +285,8 @@ class _Chooser:
             f |= {f"{operand}_dtype": int(dtype), f"{operand}_kind": kind}
             f[operand] = self.local(dtype, (0, 1, 2))
             element = dtype.bits // 8
-            f[f"{operand}_stride"] = self.stride(f["cols"] * element if kind == 0 else element, element)
+            row_bytes = element * (f["cols"] if kind == 0 else 1)
+            f[f"{operand}_stride"] = self.stride(row_bytes, element)
             if kind == 0 and self.pick(0, 0, 0, 1):
                 f[f"{operand}_stride"] = 0
             if kind == 2:
@@ -314,43 +341,28 @@ class _Chooser:
 
 
 @st.composite
-def programs(draw: st.DrawFn, chip: Chip, most_commands: int = 14) -> CommandProgram:
-    """Command programs for a chip; with several cores each works on its share of the slots."""
+def programs(draw: st.DrawFn, chip: Chip, most_bursts: int = 4) -> CommandProgram:
+    """Command programs for a chip; with several cores each works on its share of the slots.
+
+    Commands come in bursts: the fields of a few are set, then they are issued one right after
+    another, perhaps several times, so that the window fills and commands overtake one another.
+    """
     assembler, chooser = Assembler(), _Chooser(draw, chip)
     if chip.cores > 1:
         assembler.prepare_core_offset()
-    shapes = {
-        "load": chooser.three_dimensional, "store": chooser.three_dimensional,
-        "gather": chooser.indexed, "scatter": chooser.indexed, "matmul": chooser.matmul,
-        "vector": chooser.vector, "reduce": chooser.reduce, "finish": chooser.finish,
-        "transpose": chooser.transpose, "iota": chooser.iota,
-    }  # fmt: skip
-    names = st.sampled_from(["load", "load", "matmul", "store", "vector", "vector", *shapes])
-    for name in draw(st.lists(names, min_size=1, max_size=most_commands)):
-        if name in ("gather", "scatter") and not chooser.rarely():
-            start, step = chooser.pick(0, 0, 1, 5), chooser.pick(1, 0, 2, -1, 1)
-            rows = 9 if step >= 0 else start + 1
-            assembler.command(
-                "iota", dst=REGION * 7, dst_stride=4, rows=max(rows, 9), cols=1,
-                start=start if step >= 0 else 9, row_step=step, col_step=0,
-            )  # fmt: skip
-        fields = chooser.corrupt(shapes[name](name))
-        by_name = COMMANDS[name].by_name
-        fields = {
-            field: value if by_name[field].accepts(value) else value & (1 << by_name[field].width) - 1
-            for field, value in fields.items()
-        }
-        go_bits = 1 << draw(st.integers(0, 31)) if chooser.rarely() else 0
-        assembler.command(name, go_bits, per_core=chip.cores > 1, **fields)
-        match draw(st.integers(0, 29)):
-            case 1:
-                assembler.control("fence")
-            case 2:
-                assembler.control("barrier")
-            case 3 | 4:
-                assembler.load_word(REGION * chooser.pick(0, 3, 4, 7) + 4 * chooser.pick(0, 1, 9))
-            case 5 if chooser.rarely():
-                assembler.control("trap", 42)
+    names = st.sampled_from(["load", "matmul", "store", "vector", *COMMANDS])
+    burst = st.lists(names, min_size=1, max_size=5, unique=True)
+    for members in draw(st.lists(burst, min_size=1, max_size=most_bursts)):
+        if {"gather", "scatter"} & set(members) and not chooser.rarely():
+            _make_indices(assembler, chooser)
+        prepared = []
+        for name in members:
+            fields = chooser.fields(name)
+            go = assembler.set_fields(name, chip.cores > 1, **fields)
+            flipped = 1 << draw(st.integers(0, 31)) if chooser.rarely() else 0
+            prepared.append((name, go ^ flipped))
+        assembler.burst(prepared, chooser.pick(1, 1, 2, 3))
+        _between_bursts(assembler, chooser)
     assembler.control("exit")
     per_core = CORE_STEP * (chip.cores - 1)
     slots = (
@@ -366,3 +378,25 @@ def programs(draw: st.DrawFn, chip: Chip, most_commands: int = 14) -> CommandPro
     image = b"".join([image.ljust(CORE_STEP, b"\0")] * (chip.cores - 1) + [image])
     launch = Launch(assembler.program(), slots=slots, watchdog=watchdog)
     return CommandProgram(launch, image, tuple(assembler.text))
+
+
+def _make_indices(assembler: Assembler, chooser: _Chooser) -> None:
+    """Fill the index tile of gather and scatter, by a command that is still in flight then."""
+    start, step = chooser.pick(0, 0, 1, 5, 9), chooser.pick(1, 0, 2, -1, 1)
+    assembler.command(
+        "iota", dst=REGION * 7, dst_stride=4, rows=10, cols=1, start=9 if step < 0 else start,
+        row_step=step, col_step=0,
+    )  # fmt: skip
+
+
+def _between_bursts(assembler: Assembler, chooser: _Chooser) -> None:
+    match chooser.draw(st.integers(0, 19)):
+        case 1:
+            assembler.control("fence")
+        case 2:
+            assembler.control("barrier")
+        case 3 | 4:
+            region, word = chooser.pick(0, 3, 4, 7), chooser.pick(0, 1, 9)
+            assembler.load_word(REGION * region + 4 * word)
+        case 5 if chooser.rarely():
+            assembler.control("trap", 42)

@@ -28,19 +28,30 @@ def _run(*command: object, cwd: Path) -> None:
         raise SystemExit((done.stdout + done.stderr).decode()[-4000:])
 
 
+def _runtime() -> list[Path]:
+    """Verilator's own objects, compiled once."""
+    folder = BUILD / "runtime"
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"verilated{part}.o" for part in ("", "_threads")]
+    for target in objects:
+        if not target.exists():
+            _run("g++", *INCLUDE, *COMPILE, "-O1", "-c", ROOT / f"include/{target.stem}.cpp",
+                 "-o", target, cwd=folder)
+    return objects
+
+
 def build(top: str, sources: list[Path], bench: Path, optimise: str = "-O1") -> ctypes.CDLL:
     """The library of `bench` (C++, includes V<top>.h) around the model of module `top`."""
     text = b"".join(path.read_bytes() for path in [*sources, bench]) + optimise.encode()
     folder = BUILD / f"{top}_{hashlib.sha256(text).hexdigest()[:12]}"
     library = folder / "bench.so"
     if not library.exists():
+        objects = _runtime()
         folder.mkdir(parents=True, exist_ok=True)
         _run(ROOT / "bin/verilator", *OPTIONS, "--top-module", top, "-Mdir", folder,
              *[path.resolve() for path in sources], cwd=folder)
-        runtime = [ROOT / f"include/verilated{part}.cpp" for part in ("", "_threads")]
         model = [p for p in folder.glob(f"V{top}*.cpp") if "ALL" not in p.name]
-        objects = []
-        for source in [*runtime, *model, bench.resolve()]:
+        for source in [*model, bench.resolve()]:
             objects.append(folder / (source.stem + ".o"))
             _run("g++", *INCLUDE, *COMPILE, optimise, f"-I{folder}", "-c", source,
                  "-o", objects[-1], cwd=folder)

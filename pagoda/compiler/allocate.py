@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pagoda.compiler.errors import CompileError, Location
-from pagoda.compiler.schedule import Vector, engine_of, wanted_buffers
+from pagoda.compiler.schedule import Reserve, Vector, engine_of, wanted_buffers
 from pagoda.compiler.tile_ir import (
     Body,
     Declare,
@@ -103,7 +103,7 @@ def _lives(kernel: Kernel) -> dict[Tile, _Life]:
         nonlocal position
         for statement in body:
             position += 1
-            if isinstance(statement, Declare):
+            if isinstance(statement, (Declare, Reserve)):
                 lives[statement.tile] = _Life(
                     position, position, statement.location, set(), set()
                 )
@@ -111,18 +111,22 @@ def _lives(kernel: Kernel) -> dict[Tile, _Life]:
             engine = engine_of(statement)
             target = written_view(statement)
             for view in statement.views():
-                if view.tile not in lives:
+                tile = view.tile.storage
+                if tile not in lives:
                     raise CompileError(
-                        f"tile {view.tile.name}", "a tile must be declared before it is used",
+                        f"tile {tile.name}", "a tile must be declared before it is used",
                         "no declaration precedes this statement in its body",
                         "declare the tile before the loop or branch", statement.location,
                     )  # fmt: skip
-                life = lives[view.tile]
+                life = lives[tile]
                 life.end = position
                 if engine is not None:
-                    (life.writers if view is target else life.readers).add(engine)
-                if len(loops) > declared[view.tile]:  # stretch to the end of the inner loop
-                    loops[declared[view.tile]].append(view.tile)
+                    if view is target:
+                        life.writers.add(engine)
+                    if view is not target or isinstance(statement, (Dot, Reduce)):
+                        life.readers.add(engine)  # those two also read what they write
+                if len(loops) > declared[tile]:  # stretch to the end of the inner loop
+                    loops[declared[tile]].append(tile)
             for inner in statement.bodies():
                 if isinstance(statement, For):
                     used: list[Tile] = []
@@ -142,9 +146,10 @@ def _affinities(kernel: Kernel, lives: dict[Tile, _Life]) -> Counter[frozenset[T
     weights: Counter[frozenset[Tile]] = Counter()
     for statement in kernel.walk():
         if isinstance(statement, Dot):
-            weights[frozenset((statement.a.tile, statement.b.tile))] += MATRIX_PAIR
+            pair = statement.a.tile.storage, statement.b.tile.storage
+            weights[frozenset(pair)] += MATRIX_PAIR
         elif isinstance(statement, Vector):
-            sources = {o.view.tile for o in statement.operands if o.view is not None}
+            sources = {o.view.tile.storage for o in statement.operands if o.view is not None}
             for pair in combinations(sources, 2):
                 weights[frozenset(pair)] += VECTOR_PAIR
     for left, right in combinations(lives, 2):
@@ -196,16 +201,21 @@ def _place_memory(
     bank: int,
 ) -> dict[Tile, Placement]:
     buffers = {tile: wanted[tile] for tile in lives}
+    least = {tile: 1 for tile in lives}
+    for statement in kernel.walk():
+        if isinstance(statement, Reserve) and statement.tile in lives:
+            least[statement.tile] = statement.minimum
     while True:
         for share in (False, True):
-            if share and any(count > 1 for count in buffers.values()):
+            if share and buffers != least:
                 continue
             found = _place(lives, buffers, weights, interval, bank, share)
             if found is not None:
                 return found
-        most = max(buffers, key=lambda tile: (buffers[tile], tile.nbytes), default=None)
-        if most is None or buffers[most] == 1:
+        spare = [tile for tile in lives if buffers[tile] > least[tile]]
+        if not spare:
             raise _does_not_fit(kernel, memory, lives, interval)
+        most = max(spare, key=lambda tile: (buffers[tile], tile.nbytes))
         buffers[most] -= 1
 
 

@@ -158,6 +158,10 @@ class KernelBuilder:
             statement = replace(statement, location=self.location)
         self._bodies[-1].append(statement)
 
+    def open_body(self) -> list[Statement]:
+        """The list that `emit` appends to now."""
+        return self._bodies[-1]
+
     @contextmanager
     def body(self) -> Iterator[list[Statement]]:
         """Statements emitted inside go to the list it yields."""
@@ -167,14 +171,16 @@ class KernelBuilder:
         self._bodies.pop()
 
     @contextmanager
-    def loop(self, name: str, start: Number, stop: Number, step: Number = 1) -> Iterator[Variable]:
-        """`for name in range(start, stop, step)`; yields the loop variable."""
+    def loop(
+        self, name: str, start: Number, stop: Number, step: Number = 1, *, ahead: int = 0
+    ) -> Iterator[Variable]:
+        """`for name in range(start, stop, step)`; yields the loop variable. ahead: see `For`."""
         variable = Variable(self.fresh(name))
         location = self.location
         with self.body() as inside:
             yield variable
         bounds = scalar(start), scalar(stop), scalar(step)
-        self.emit(For(variable.name, *bounds, tuple(inside), location=location))
+        self.emit(For(variable.name, *bounds, tuple(inside), ahead, location=location))
 
     @contextmanager
     def when(self, condition: Scalar, otherwise: Body = ()) -> Iterator[None]:

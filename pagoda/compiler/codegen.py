@@ -12,9 +12,13 @@ no DWARF string tables.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
+import llvmlite
 from elftools.elf.elffile import ELFFile
 from llvmlite import binding as llvm
 from llvmlite import ir
@@ -338,6 +342,13 @@ def assembly(text: str) -> str:
         if label or (line.startswith("\t") and not line.startswith("\t.")):
             kept.append(line)
     return "\n".join(kept) + "\n"
+
+
+@lru_cache(maxsize=1)
+def codegen_version() -> str:
+    """Changes whenever this module or LLVM may turn the same LLVM IR into other code."""
+    source = Path(__file__).read_bytes()
+    return f"{llvmlite.__version__} {hashlib.sha256(source).hexdigest()}"
 
 
 def compile_blob(text: str, locations: list[Location]) -> Blob:

@@ -19,6 +19,7 @@ a run-time value it branches. Variables may be assigned anywhere.
 Loops. `range(...)` gives integers, `tiles(extent, BLOCK)` gives index ranges with the tail cut off,
 `core_tiles(extent, BLOCK)` gives this core its share of them. `block(number, extent, BLOCK)` is the
 range that `tiles` would give in its iteration `number`; `full(extent)` a whole compile-time extent.
+`ahead=n` on tiles and core_tiles issues the loads of the innermost loop n iterations early.
 
 Tiles are two-dimensional; `a[i, k]` with two ranges is a window of rows and columns, with one range
 it is one row. `load` takes any strides: storage with contiguous rows stays transposed until needed
@@ -27,7 +28,8 @@ tile with one row or one column is repeated. An expression is computed where it 
 `dot`, `max`, `sum`, or assigned: one assignment makes one tile. Assigning to a tile defined outside
 the loop updates it in place: that is how values are carried.
 
-    load(a[i, k])  load(table[rows_tile, k])         windows; rows picked by an int32 tile
+    load(a[i, k])  load(table[rows_tile, k])         windows; rows picked by an int32 tile; options:
+                                                     dtype= in SRAM, buffers= to rotate over
     store(c[i, j], x)  add_to(c[i, j], x)            converted to the tensor's dtype
     acc = zeros(i, j)  acc += dot(x, y)              matrix product: k in order, from zero
     where exp2 log2 recip rsqrt sqrt abs floor ceil trunc round sin2pi maximum minimum fma
@@ -50,6 +52,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args
 
+from pagoda.compiler.builtin import BUILTINS, LOOPS
 from pagoda.compiler.errors import CompileError, Location
 from pagoda.compiler.interpret import Interpreter
 from pagoda.compiler.tile_ir import Kernel
@@ -166,20 +169,13 @@ def kernel(function: Callable[..., None]) -> KernelFunction:
     return found
 
 
-def _only_in_kernels(name: str) -> Callable[..., Any]:
-    def placeholder(*arguments: Any, **keywords: Any) -> Any:
-        raise RuntimeError(f"{name}: it means something only inside an @kernel function")
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The functions of the kernel language, for a kernel module to import by name."""
+    if name not in BUILTINS and name not in LOOPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    placeholder.__name__ = placeholder.__qualname__ = name
-    return placeholder
+    def only_in_kernels(*arguments: Any, **keywords: Any) -> Any:
+        raise RuntimeError(f"{name}(...) means something only inside an @kernel function")
 
-
-_FUNCTIONS = (
-    "load store add_to zeros dot where exp2 log2 recip rsqrt sqrt floor ceil trunc sin2pi maximum "
-    "minimum fma to to_int to_float state iota word tiles core_tiles block full cdiv core_id "
-    "core_count barrier trap"
-).split()
-# Names to import into a kernel's module, so that editors and linters know them.
-globals().update({name: _only_in_kernels(name) for name in _FUNCTIONS})
-
-__all__ = ["KernelFunction", "Tensor", "TensorType", "kernel", *_FUNCTIONS]
+    only_in_kernels.__name__ = only_in_kernels.__qualname__ = name
+    return only_in_kernels

@@ -12,18 +12,18 @@ from pagoda.compiler.errors import CompileError
 from pagoda.compiler.scalar import (
     ONE,
     ZERO,
-    Binary,
     Int,
     Offset,
     Scalar,
     Slot,
     Variable,
     binary,
+    is_boolean,
     scalar,
     select,
     wrap,
 )
-from pagoda.compiler.schedule import Operand, Vector
+from pagoda.compiler.schedule import Operand, Reserve, Rotate, Vector
 from pagoda.compiler.tile_ir import (
     LOCAL_DTYPES,
     STATE_LANES,
@@ -102,6 +102,12 @@ class _Lowering:
                 return [LoadWord(name, self.address(source), location=place)]
             case Declare(tile):
                 return self.declare(tile, statement)
+            case Reserve(tile, cursors):
+                where = self.placements[tile]
+                last = Int(_last_buffer(tile, where))
+                return [Let(_address_name(c), last, location=place) for c in cursors]
+            case Rotate(tile):
+                return self.rotate(tile, statement)
             case Barrier():
                 return [Control(CONTROL["barrier"], ZERO, location=place)]
             case Trap(code):
@@ -136,7 +142,10 @@ class _Lowering:
             f"a tile in {tile.memory.upper()} holds {names}", f"its dtype is {tile.dtype.name}",
             "use one of those; loads and stores convert",
         )  # fmt: skip
-        where = self.placements[tile]
+        return self.rotate(tile, statement)
+
+    def rotate(self, tile: Tile, statement: Statement) -> list[Statement]:
+        where = self.placements[tile.storage]
         if where.buffers == 1:
             return []
         name = _address_name(tile)
@@ -147,7 +156,7 @@ class _Lowering:
 
     def address(self, view: View) -> Scalar:
         """Local address of a view's first element, with the bit that marks ACC."""
-        tile, where = view.tile, self.placements[view.tile]
+        tile, where = view.tile, self.placements[view.tile.storage]
         base = Variable(_address_name(tile)) if where.buffers > 1 else Int(_base(tile, where))
         return base + view.row * tile.row_bytes + view.col * tile.element_bytes
 
@@ -432,8 +441,7 @@ def _issue(name: str, fields: dict[str, Scalar | int], statement: Statement) -> 
 
 def _flag(value: Scalar) -> Scalar:
     """0 or 1, whatever the scalar."""
-    boolean = isinstance(value, Binary) and value.op in ("<", "<=", ">", ">=", "==", "!=")
-    return value if boolean else value.ne(ZERO)
+    return value if is_boolean(value) else value.ne(ZERO)
 
 
 def _address_name(tile: Tile) -> str:

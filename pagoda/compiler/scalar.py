@@ -219,6 +219,12 @@ _FOLD = {
     "!=": lambda a, b: int(a != b),
 }
 OPERATORS = tuple(_FOLD)
+_NEGATED = {"<": ">=", ">=": "<", ">": "<=", "<=": ">", "==": "!=", "!=": "=="}
+
+
+def is_boolean(value: Scalar) -> bool:
+    """Is it a comparison, which gives 0 or 1?"""
+    return isinstance(value, Binary) and value.op in _NEGATED
 
 
 def scalar(value: Scalar | int) -> Scalar:
@@ -245,6 +251,8 @@ def binary(op: str, left: Scalar | int, right: Scalar | int) -> Scalar:
         nested = isinstance(left, Binary) and left.op == op and isinstance(left.right, Int)
         if op in ("+", "*") and nested:
             return binary(op, left.left, Int(wrap(_FOLD[op](left.right.value, right.value))))
+        if right.value == 0 and op in ("==", "!=") and is_boolean(left):
+            return binary(_NEGATED[left.op], left.left, left.right) if op == "==" else left
     if left == right and op in ("min", "max", "-"):
         return Int(0) if op == "-" else left
     return Binary(op, left, right)

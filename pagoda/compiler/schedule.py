@@ -66,6 +66,23 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Reserve(Statement):
+    """Storage for a tile with at least `minimum` buffers, and the cursors that walk over them; it
+    puts every cursor before the first buffer."""
+
+    tile: Tile
+    cursors: tuple[Tile, ...]
+    minimum: int
+
+
+@dataclass(frozen=True)
+class Rotate(Statement):
+    """Move a cursor on to the next buffer."""
+
+    tile: Tile
+
+
+@dataclass(frozen=True)
 class Vector(Statement):
     """One vector command; b and c are None where the functions do not read them."""
 
@@ -281,9 +298,9 @@ def wanted_buffers(kernel: Kernel) -> dict[Tile, int]:
     for statement in walk(kernel.body):
         engine = engine_of(statement)
         for view in statement.views() if engine else ():
-            engines.setdefault(view.tile, set()).add(engine)
+            engines.setdefault(view.tile.storage, set()).add(engine)
         if isinstance(statement, (Load, Gather)):
-            loaded.add(statement.destination.tile)
+            loaded.add(statement.destination.tile.storage)
     wanted: dict[Tile, int] = {}
 
     def visit(body: Body, in_loop: bool) -> None:
@@ -293,6 +310,10 @@ def wanted_buffers(kernel: Kernel) -> dict[Tile, int]:
                 best = LOADED_BUFFERS if tile in loaded else PASSED_BUFFERS
                 shared = len(engines.get(tile, ())) > 1
                 wanted[tile] = tile.buffers or (best if in_loop and shared else 1)
+            elif isinstance(statement, Reserve):
+                wanted[statement.tile] = max(
+                    statement.tile.buffers or LOADED_BUFFERS, statement.minimum
+                )
             for inner in statement.bodies():
                 visit(inner, in_loop or isinstance(statement, For))
 

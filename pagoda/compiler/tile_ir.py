@@ -87,7 +87,8 @@ class Tensor:
 @dataclass(frozen=True)
 class Tile:
     """Local storage of rows x cols elements. buffers: how many copies a tile declared in a loop
-    rotates over; None leaves it to the scheduler."""
+    rotates over; None leaves it to the scheduler. cursor_of (the scheduler's): this tile walks over
+    the buffers of that one."""
 
     name: str
     dtype: DType
@@ -95,6 +96,12 @@ class Tile:
     cols: int
     memory: Literal["sram", "acc"] = "sram"
     buffers: int | None = None
+    cursor_of: Tile | None = None
+
+    @property
+    def storage(self) -> Tile:
+        """The tile whose buffers these are."""
+        return self.cursor_of or self
 
     @property
     def element_bytes(self) -> int:
@@ -328,13 +335,19 @@ Body = tuple[Statement, ...]
 
 @dataclass(frozen=True)
 class For(Statement):
-    """`for variable in range(start, stop, step)`, signed, step > 0, evaluated once on entry."""
+    """`for variable in range(start, stop, step)`, signed, step > 0, evaluated once on entry.
+
+    ahead: how many iterations early the loads of the innermost loop below may be issued (see
+    `pipeline.py`): time only. It promises that nothing the loop stores, in whatever tensor, is what
+    it loads ahead.
+    """
 
     variable: str
     start: Scalar
     stop: Scalar
     step: Scalar
     body: Body
+    ahead: int = 0
     bodies_fields: ClassVar = ("body",)
 
 

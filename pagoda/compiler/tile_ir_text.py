@@ -51,7 +51,8 @@ def _lines(body: Body, indent: str) -> Iterator[str]:
         if isinstance(statement, For):
             step = "" if statement.step == ONE else f", {statement.step}"
             bounds = f"{statement.start}, {statement.stop}{step}"
-            yield f"{indent}for {statement.variable} in range({bounds}):"
+            ahead = _when(statement.ahead, f" ahead {statement.ahead}")
+            yield f"{indent}for {statement.variable} in range({bounds}){ahead}:"
             yield from _lines(statement.body, indent + "  ")
         elif isinstance(statement, If):
             yield f"{indent}if {statement.condition}:"

@@ -2,7 +2,7 @@
 
 A command that starts in cycle s frees its engine (and the DRAM port) in cycle s + occupancy and
 finishes, freeing bank ports and window entry, `tail` cycles later. When it starts is the window
-rule's business (`window`). `examples` works every formula out by hand; the manual prints it.
+rule's business (`window`). `timing_examples` applies every formula by hand.
 
     P   width of a bank port in bytes: 4 * lanes      R, C   rows, columns of the systolic array
     D   cycles from reading a partial sum in ACC to writing it back: R * pe_stages + C + 4

@@ -36,14 +36,12 @@ aten = torch.ops.aten
 # on the CPU. The rest is bookkeeping on a few integers around a model, never part of one.
 HOST_ALLOWED: dict[str, str] = {
     **dict.fromkeys(
-        ("aten.normal_.default", "aten.uniform_.default", "aten.random_.default",
-         "aten.random_.from", "aten.random_.to", "aten.exponential_.default",
-         "aten.bernoulli_.float", "aten.multinomial.default", "aten.randperm.default"),
+        ("aten.normal_", "aten.uniform_", "aten.random_", "aten.exponential_", "aten.bernoulli_",
+         "aten.bernoulli", "aten.multinomial", "aten.randperm"),
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero.default", "aten.sort.default", "aten.sort.stable", "aten.topk.default",
-         "aten._unique2.default", "aten.cumsum.default", "aten.histc.default"),
+        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2", "aten.histc"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -69,19 +67,25 @@ class _Operation:
 
 
 _operations: dict[tuple, _Operation] = {}
-_lock = threading.RLock()
 # Compiling needs a thread that is in no autograd, tracing or dispatch mode of its caller.
 _worker = ThreadPoolExecutor(1, "pagoda-eager-compile")
-_in_worker = threading.local()
+# Set (`active`) in a thread that compiles: Inductor then folds constants by computing on real
+# tensors, which is the compiler's work and stays on the host.
+compiling = threading.local()
 
 
 def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Computes one ATen operation on device tensors. Raises NotImplementedError, naming the
     operation, if it has no kernel on the chip."""
+    if getattr(compiling, "active", False):
+        return _host_compute(op, args, kwargs)
     if op in _REWRITTEN:
         return _REWRITTEN[op](*args, **kwargs)
-    if str(op) in HOST_ALLOWED:
+    if _packet(op) in HOST_ALLOWED:
         return _on_host(op, args, kwargs)
+    out = kwargs.get("out")
+    if isinstance(out, torch.Tensor) and out.numel() == 0:
+        return _resized(op, args, kwargs)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = [_place(a) for a in flat]
     dynamic_ok = _symbolic_arguments(op)
@@ -94,31 +98,61 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     rest = tuple(
         (type(a), repr(a)) if k not in set(varying) else _structure(a) for k, a in enumerate(flat)
     )
-    with _lock:
-        operation = _operations.setdefault((op, spec, rest), _Operation())
-        exact = tuple(_exact(a) for a in passed)
-        version = operation.exact.get(exact)
+    operation = _operations.setdefault((op, spec, rest), _Operation())
+    exact = tuple(_exact(a) for a in passed)
+    version = operation.exact.get(exact)
+    if version is None:
+        version = next((v for v in operation.versions if v.guard(passed)), None)
         if version is None:
-            version = next((v for v in operation.versions if v.guard(passed)), None)
-            if version is None:
-                version = _compile_version(operation, op, flat, spec, varying)
-            if len(operation.exact) > 256:
-                operation.exact.clear()
-            operation.exact[exact] = version
+            version = _compile_version(operation, op, flat, spec, varying)
+        if len(operation.exact) > 256:
+            operation.exact.clear()
+        operation.exact[exact] = version
     results = version.function(list(passed))
     return _returned(op, args, kwargs, results)
 
 
+def _resized(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operation whose `out` is empty and takes the size of the result (`arange` does this)."""
+    out = kwargs["out"]
+    names = [a.name for a in op._schema.arguments if not a.is_out]
+    for overload in map(op.overloadpacket.__getattr__, op.overloadpacket.overloads()):
+        arguments = {a.name: a for a in overload._schema.arguments}
+        extra = arguments.keys() - set(names)
+        if list(arguments)[: len(names)] == names and extra <= _FACTORY:
+            made = {"dtype": out.dtype, "device": out.device}
+            given = {k: v for k, v in kwargs.items() if k != "out"}
+            result = run(overload, args, given | {k: v for k, v in made.items() if k in extra})
+            return out if result.shape == out.shape else out.set_(result.to(out.dtype))
+    raise NotImplementedError(
+        f"operation {op} cannot run on device pagoda: its empty `out` tensor would have to be "
+        "resized. Give it an `out` tensor of the result's size, or none."
+    )
+
+
+_FACTORY = {"dtype", "layout", "device", "pin_memory"}
+
+
 def _place(a: Any) -> Any:
-    """Scalar tensors on the CPU are moved to the device."""
-    if isinstance(a, torch.Tensor) and a.device.type != device.NAME:
+    """Scalar tensors on the CPU are moved to the device; strides that do not matter, those of
+    dimensions of size 1, are made equal, so that they never cause a new compilation."""
+    if not isinstance(a, torch.Tensor):
+        return a
+    if a.device.type != device.NAME:
         if a.dim() == 0:
             return a.to(device.NAME)
         raise RuntimeError(
             f"an operation on device pagoda got a tensor of shape {tuple(a.shape)} on device "
             f'{a.device}; all tensors must be on device pagoda. Move it with .to("pagoda").'
         )
-    return a
+    if 1 not in a.shape:
+        return a
+    strides, below = list(a.stride()), 1
+    for d in range(a.dim() - 1, -1, -1):
+        if a.shape[d] == 1:
+            strides[d] = below
+        below = strides[d] * max(a.shape[d], 1)
+    return a if tuple(strides) == a.stride() else a.as_strided(a.shape, strides)
 
 
 def _structure(a: Any) -> Any:
@@ -161,20 +195,9 @@ def _compile_version(
             (number, d) for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
         }
     arguments = (op, flat, spec, varying, frozenset(operation.dynamic))
-    if getattr(_in_worker, "active", False):
-        version = _compile(*arguments)
-    else:
-        version = _worker.submit(_compile_in_worker, *arguments).result()
+    version = _worker.submit(_compile, *arguments).result()
     operation.versions.append(version)
     return version
-
-
-def _compile_in_worker(*arguments: Any) -> _Compiled:
-    _in_worker.active = True
-    try:
-        return _compile(*arguments)
-    finally:
-        _in_worker.active = False
 
 
 def _compile(
@@ -249,12 +272,7 @@ def _explain(op: Any, error: Exception) -> str:
 
 def _returned(op: Any, args: tuple, kwargs: dict[str, Any], results: Any) -> Any:
     """What the operation returns: arguments it wrote are returned themselves."""
-    written = {}
-    for position, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            for name in argument.alias_info.before_set:
-                written[name] = value
+    written = _written(op, args, kwargs)
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     out = []
     for position, declared in enumerate(op._schema.returns):
@@ -268,28 +286,46 @@ def _returned(op: Any, args: tuple, kwargs: dict[str, Any], results: Any) -> Any
     return out[0] if len(out) == 1 else tuple(out)
 
 
+def _written(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the operation writes, by the schema's alias names."""
+    written = {}
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            for name in argument.alias_info.before_set:
+                written[name] = value
+    return written
+
+
 def _on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     large = max((t.numel() for t in tensors), default=0)
-    if large > HOST_ELEMENTS and "random" not in HOST_ALLOWED[str(op)]:
+    if large > HOST_ELEMENTS and "random" not in HOST_ALLOWED[_packet(op)]:
         raise NotImplementedError(
             f"operation {op} cannot run on device pagoda: it is allowed on the host only for up to "
             f"{HOST_ELEMENTS} elements, got {large}. Move its input with .cpu()."
         )
     device.state.fallbacks[str(op)] += 1
+    return _host_compute(op, args, kwargs)
 
+
+def _host_compute(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     def host(a: Any) -> Any:
         if isinstance(a, torch.device):
             return torch.device("cpu")
         return host_alias(a) if isinstance(a, torch.Tensor) else a
 
-    results = op(*pytree.tree_map(host, args), **pytree.tree_map(host, kwargs))
-
     def back(a: Any) -> Any:
         return a.to(device.NAME) if isinstance(a, torch.Tensor) else a
 
-    inplace = op._schema.returns and op._schema.returns[0].alias_info is not None
-    return args[0] if inplace else pytree.tree_map(back, results)
+    results = op(*pytree.tree_map(host, args), **pytree.tree_map(host, kwargs))
+    if _written(op, args, kwargs):
+        return _returned(op, args, kwargs, results)
+    return pytree.tree_map(back, results)
+
+
+def _packet(op: Any) -> str:
+    return str(op.overloadpacket) if isinstance(op, torch._ops.OpOverload) else str(op)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

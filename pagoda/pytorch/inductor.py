@@ -15,7 +15,7 @@ from torch._inductor.codegen.common import (
 )
 from torch._inductor.compile_fx import compile_fx
 
-from pagoda.pytorch import device
+from pagoda.pytorch import decompositions, device, eager
 from pagoda.pytorch.scheduling import PagodaScheduling
 from pagoda.pytorch.wrapper import RegionWrapper
 
@@ -138,7 +138,14 @@ class _Interface(DeviceInterface):
 
 def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
     """Compiles an FX graph of torch or ATen operations on device pagoda."""
-    return compile_fx(gm, example_inputs, config_patches=SETTINGS)
+    before = getattr(eager.compiling, "active", False)
+    eager.compiling.active = True
+    try:
+        return compile_fx(
+            gm, example_inputs, config_patches=SETTINGS, decompositions=decompositions.table()
+        )
+    finally:
+        eager.compiling.active = before
 
 
 def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable:

@@ -117,9 +117,12 @@ WORDS = np.array(
 ENGINES = np.array(
     [0, LOAD, STORE, LOAD, STORE, MATRIX, VECTOR, VECTOR, VECTOR, VECTOR, VECTOR], np.int64
 )
+_MATMUL = FIELDS + 16 * 5
+_MATMUL_END = _MATMUL + 16
+_ACC_WORD = _MATMUL + 14
 FENCE_WORD, BARRIER_WORD, EXIT_WORD, TRAP_WORD = range(4)
 # What a store to the command port led to.
-WENT_ON, AT_BARRIER, AT_EXIT, AT_FAULT = range(4)
+WENT_ON, AT_BARRIER, AT_EXIT, AT_FAULT, TO_EXECUTE = range(5)
 
 
 @jit
@@ -153,35 +156,12 @@ def _command_fault(st, bank, kind, cycle):
 
 
 @jit
-def _execute(st, bank, sram, acc, scratch):
-    """Compute a command's values. Returns whether an int64 did not fit."""
-    if bank == 1:
-        return run_load(st, bank)
-    if bank == 2:
-        run_store(st, bank)
-    elif bank == 3:
-        return run_gather(st, bank)
-    elif bank == 4:
-        run_scatter(st, bank)
-    elif bank == 5:
-        st[FIELDS + 16 * 5 + 14] &= 0x7FFFFFFF  # the ACC address's bit 31 means nothing
-        run_matmul(sram, acc, st[FIELDS + 80 : FIELDS + 96], scratch)
-    elif bank == 6:
-        run_vector(st)
-    elif bank == 7:
-        run_reduce(st)
-    elif bank == 8:
-        run_finish(st)
-    elif bank == 9:
-        run_transpose(st)
-    else:
-        run_iota(st)
-    return False
+def _go(st, bank):
+    """Issue the command of a bank. st[CYCLE]: the store's start, then the next instruction's.
 
-
-@jit
-def _go(st, bank, sram, acc, scratch):
-    """Issue the command of a bank. st[CYCLE]: the store's start, then the next instruction's."""
+    The values are the caller's business: compiling them in here would make LLVM optimise them
+    once more for every level of calls.
+    """
     cycle = st[CYCLE] + 4
     indexed = bank == 3 or bank == 4
     if not indexed:
@@ -218,9 +198,6 @@ def _go(st, bank, sram, acc, scratch):
                 return _command_fault(st, bank, kind, cycle)
             mark_writes(st, bank)
             log_dram(st, bank, cycle)
-        if _execute(st, bank, sram, acc, scratch) and st[OVERFLOW_PC] < 0:
-            st[OVERFLOW_PC] = st[PC]
-            st[OVERFLOW_COMMAND] = st[COMMANDS]
     _account(st, e)
     st[e + E_CORE] = st[CORE_ID]
     st[e + E_INDEX] = st[COMMANDS]
@@ -230,7 +207,7 @@ def _go(st, bank, sram, acc, scratch):
     enter(st, number, cycle)
     st[COMMANDS] += 1
     st[CYCLE] = cycle + 1
-    return WENT_ON
+    return WENT_ON if kind == EMPTY else TO_EXECUTE
 
 
 @jit
@@ -251,7 +228,7 @@ def _account(st, e):
 
 
 @jit
-def _port(st, address, value, sram, acc, scratch):
+def _port(st, address, value):
     """A store of a word to the command port, starting in st[CYCLE], which moves on."""
     offset = address - 0x40000000
     bank, word = offset >> 6, (offset >> 2) & 15
@@ -263,7 +240,7 @@ def _port(st, address, value, sram, acc, scratch):
         if word > 0:
             st[CYCLE] += 5
             return WENT_ON
-        return _go(st, bank, sram, acc, scratch)
+        return _go(st, bank)
     if word == TRAP_WORD:
         cycle = st[CYCLE] + 4
         if cycle > st[WATCHDOG]:
@@ -415,10 +392,37 @@ def run(st, sram, acc, scratch):
                     reason = LOG_FULL
                     break
                 st[PC], st[CYCLE] = pc, t
-                answer = _port(st, address, np.int64(np.uint32(b)), sram, acc, scratch)
+                answer = _port(st, address, np.int64(np.uint32(b)))
                 t = st[CYCLE]
                 cycles = 0
-                if answer != WENT_ON:
+                if answer == TO_EXECUTE:
+                    bank = (address >> 6) & 15
+                    overflow = False
+                    if bank == 1:
+                        overflow = run_load(st, bank)
+                    elif bank == 2:
+                        run_store(st, bank)
+                    elif bank == 3:
+                        overflow = run_gather(st, bank)
+                    elif bank == 4:
+                        run_scatter(st, bank)
+                    elif bank == 5:
+                        st[_ACC_WORD] &= 0x7FFFFFFF  # bit 31 of the address means nothing
+                        run_matmul(sram, acc, st[_MATMUL:_MATMUL_END], scratch)
+                    elif bank == 6:
+                        run_vector(st)
+                    elif bank == 7:
+                        run_reduce(st)
+                    elif bank == 8:
+                        run_finish(st)
+                    elif bank == 9:
+                        run_transpose(st)
+                    else:
+                        run_iota(st)
+                    if overflow and st[OVERFLOW_PC] < 0:
+                        st[OVERFLOW_PC] = pc
+                        st[OVERFLOW_COMMAND] = st[COMMANDS] - 1
+                elif answer != WENT_ON:
                     if answer == AT_FAULT:
                         reason = FAULTED
                         break

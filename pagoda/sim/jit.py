@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 from functools import cache
 from pathlib import Path
@@ -26,15 +27,21 @@ from numba.extending import intrinsic
 CACHE_VARIABLE = "PAGODA_CACHE_DIR"
 
 # Division by zero follows IEEE 754 instead of raising; no fastmath, so nothing is contracted.
-jit = numba.njit(error_model="numpy", nogil=True)
+_OPTIONS = {"error_model": "numpy", "nogil": True}
+
+
+# What compiled code takes from isa: table coefficients and the numbers of fault kinds.
+_ISA_SOURCES = ("fault.py", "numbers.py", "tables.py")
+# Stale entries are deleted after this long; other checkouts may still be using younger ones.
+_STALE_SECONDS = 7 * 24 * 3600
 
 
 @cache
 def source_stamp() -> str:
-    """Hash of every file whose text can reach the compiled code: this folder's and isa's."""
+    """Hash of every file whose text can reach the compiled code."""
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted([*here.glob("*.py"), *(here.parent / "isa").glob("*.py")]):
+    for path in [*sorted(here.glob("*.py")), *(here.parent / "isa" / n for n in _ISA_SOURCES)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -86,6 +93,7 @@ class _Cache(FunctionCache):
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
+            _delete_stale(Path(self.cache_path))
         except OSError as error:
             warnings.warn(
                 f"pagoda: cannot keep compiled code in {self.cache_path} ({error.strerror}); every "
@@ -95,9 +103,30 @@ class _Cache(FunctionCache):
             )
 
 
+def _delete_stale(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def jit(function):
+    """Compile for callers that are compiled themselves, once for all integer constants.
+
+    numba would compile again for every combination of constants that a call passes.
+    """
+    dispatcher = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    resolve = dispatcher.get_call_template
+
+    def resolve_without_constants(args, kws):
+        return resolve(tuple(types.unliteral(arg) for arg in args), kws)
+
+    dispatcher.get_call_template = resolve_without_constants
+    return dispatcher
+
+
 def cached_jit(function):
-    """Compile like `jit`, and keep the machine code, callees included, on disk."""
-    dispatcher = jit(function)
+    """Compile for Python callers, and keep the machine code, callees included, on disk."""
+    dispatcher = numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function)
     dispatcher._cache = _Cache(function)  # what numba's cache=True does, with our cache
     return dispatcher
 

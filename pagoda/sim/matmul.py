@@ -141,8 +141,8 @@ def _pack_b(panels, sram, fields, size, k, k_count, n, n_count, staging):
 
 @_internal
 def _pack_a(rows, rows_stride, sram, fields, size, m, m_count, k, k_count, staging):
-    """A[m : m + m_count, k : k + k_count] -> fp32 rows `rows_stride` bytes apart, one per m, or one per
-    k if A is stored transposed."""
+    """A[m : m + m_count, k : k + k_count] -> fp32 rows `rows_stride` bytes apart, one per m, or
+    one per k if A is stored transposed."""
     base, row_stride = fields[A], fields[M0_STRIDE]
     if fields[GO] & TRANSPOSE_A:
         offset = base + k * row_stride + m * size
@@ -270,7 +270,8 @@ def _run_fused(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, k_end
     staging = scratch[_STAGING_AT:_LONG_A_AT]
     a_row = np.int64(_LONG_A_ROW)
     a = np.int64(scratch.ctypes.data + _LONG_A_AT)
-    size, step = np.int64(2), np.int64(FUSED_VECTORS * VECTOR_LENGTH if transposed else TILE_COLUMNS)
+    size = np.int64(2)
+    step = FUSED_VECTORS * VECTOR_LENGTH if transposed else TILE_COLUMNS
     for k in range(0, k_end, K_LONG):
         k_count = min(K_LONG, k_end - k)
         zero = 1 if k == 0 and not fields[GO] & ACCUMULATE else 0
@@ -297,9 +298,7 @@ def _run_fused(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, k_end
                         rows, vectors, a_tile, a_row, b, stride, c, c_row, blocks, zero
                     )
                 else:
-                    fma_tile_bf16(
-                        rows, vectors, a_tile, a_row, b, stride, c, c_row, k_count, zero
-                    )
+                    fma_tile_bf16(rows, vectors, a_tile, a_row, b, stride, c, c_row, k_count, zero)
                 if not direct:
                     _copy(acc32, at, acc_stride >> 2, tile, 0, TILE_COLUMNS, rows, columns)
 

@@ -147,9 +147,7 @@ class _Emitter:
         quad = ir.VectorType(_I32, 4)
         joined = []
         for first in range(4):
-            pieces = [
-                self.load(quad, self.at(row, 16 * group), 1) for row in rows[first::4]
-            ]
+            pieces = [self.load(quad, self.at(row, 16 * group), 1) for row in rows[first::4]]
             while len(pieces) > 1:
                 width = 2 * pieces[0].type.count
                 pieces = [

@@ -164,7 +164,11 @@ def _start(st, position, cycle):
 
 @jit
 def _retire(st, cycle):
-    """Entries finished by `cycle` leave; the others keep their order."""
+    """Commit the starts up to `cycle`; entries finished by then leave."""
+    while start_next(st, cycle):
+        pass
+    # What still waits starts later: those that leave, and their ports, no longer matter.
+    st[LAST_START] = max(st[LAST_START], cycle)
     kept = 0
     total = st[IN_FLIGHT]
     for i in range(total):
@@ -182,8 +186,6 @@ def space(st, cycle):
     """The first cycle from `cycle` on in which the window has space; it then has."""
     if st[IN_FLIGHT] < st[WINDOW]:
         return cycle
-    while start_next(st, cycle):
-        pass
     _retire(st, cycle)
     if st[IN_FLIGHT] < st[WINDOW]:
         return cycle

@@ -1,0 +1,317 @@
+"""What a matrix product costs on a chip: a timeline of its loads, matmuls and stores.
+
+`matmul_cycles` replays the command stream of `kernels.matmul` step by step with the contract's
+duration formulas (`isa.timing`): one DRAM port, one matrix engine, rotating buffers, the window's
+size and what the control core needs per command. Long products are replayed for their first steps
+and continued at the rate of the last of them. `choose_matmul` tries all legal block sizes and takes
+the cheapest: there are no tables of sizes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from pagoda.compiler.allocate import ALIGNMENT
+from pagoda.compiler.errors import CompileError
+from pagoda.compiler.link import kernel_sram
+from pagoda.isa import timing
+from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
+
+ISSUE_CYCLES = 45  # of the control core for one command in an inner loop: about 9 stores
+TILE_CYCLES = 350  # for the divisions and fields of a new output tile
+REPLAYED_STEPS = 256
+COMPARED_PLANS = 300
+RESIDENT_BUFFERS = (7, 5, 4, 3, 2)
+STREAM_BUFFERS = (4, 3, 2)
+# A product seldom comes alone: its activations come from a chain of small kernels, which takes some
+# DRAM latencies. Plans are compared as if `a` were ready only then; b, the weights, at once.
+CHAIN_LATENCIES = 12
+SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at least
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    """c[batch, m, n] = a[batch, m, k] b[batch, k, n]; bytes of one element of each.
+
+    transposed: stored with the other dimension contiguous (nn.Linear's weight is a transposed b).
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    operand_bytes: int = 2
+    output_bytes: int = 2
+    transposed_a: bool = False
+    transposed_b: bool = True
+    bias: bool = False
+    fixed_k: bool = True
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """Block sizes; resident: whole rows of a stay in SRAM, and buffers - 1 tiles of b are loaded
+    ahead. cycles: the estimate."""
+
+    resident: bool
+    bm: int
+    bn: int
+    bk: int
+    buffers: int
+    cycles: int
+
+
+def _atoms(rows: int, cols: int, pitch: int, size: int) -> int:
+    """DRAM atoms of rows x cols elements in rows `pitch` elements apart."""
+    if cols == pitch or rows == 1:
+        return -(-rows * cols * size // DRAM_ATOM_BYTES)
+    aligned = cols * size % DRAM_ATOM_BYTES == 0 and pitch * size % DRAM_ATOM_BYTES == 0
+    return rows * (-(-cols * size // DRAM_ATOM_BYTES) + (0 if aligned else 1))
+
+
+class _Timeline:
+    """One core's engines. Times are in cycles from the first command."""
+
+    def __init__(self, chip: Chip, plan: MatmulPlan, commands_per_step: int):
+        self.chip = chip
+        self.atom = DRAM_ATOM_BYTES / float(chip.dram_share)
+        self.latency = chip.dram_latency + 8
+        self.control = 0.0
+        self.port = 0.0
+        self.matrix = 0.0
+        self.end = 0.0
+        self.released = deque([0.0] * plan.buffers, plan.buffers)  # finish of the readers
+        ahead = max(chip.window // commands_per_step, 1)
+        self.window = deque([0.0] * ahead, ahead)
+        self.accumulators = deque([0.0, 0.0], 2)
+        self.stores: deque[tuple[float, float]] = deque()  # (ready, port cycles)
+
+    def load(self, atoms: int, local: int, not_before: float) -> float:
+        """When the data is there."""
+        self.control += ISSUE_CYCLES
+        ready = max(self.control, not_before)
+        while self.stores and self.stores[0][0] <= max(self.port, ready):
+            self.store_now()
+        start = max(self.port, ready)
+        self.port = start + max(atoms * self.atom, local)
+        return self.port + self.latency
+
+    def store_now(self) -> None:
+        ready, cycles = self.stores.popleft()
+        self.port = max(self.port, ready) + cycles
+        self.accumulators.append(self.port + self.latency)
+        self.end = max(self.end, self.port + self.latency)
+
+    def finish(self) -> float:
+        while self.stores:
+            self.store_now()
+        return self.end
+
+
+def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
+    """Estimated cycles of the core with the most work, launch excluded, when `a` is ready
+    CHAIN_LATENCIES after the start."""
+    chain = CHAIN_LATENCIES * (chip.dram_latency + 8)
+    timeline = _Timeline(chip, plan, 2 if plan.resident else 3)
+    tiles, steps_per_tile = _share_of_core(chip, shape, plan)
+    replayed = list(islice(_steps(chip, shape, plan), REPLAYED_STEPS))
+    ahead = plan.buffers - 1 if plan.resident else 0
+    loaded: deque[float] = deque()  # arrivals of b's tiles
+    middle = 0.0
+    accumulated = resident = 0.0
+    for number, step in enumerate(replayed):
+        if plan.resident and step.new_rows:
+            while len(loaded) < ahead and number + len(loaded) < len(replayed):
+                loaded.append(_load_b(timeline, shape, replayed[number + len(loaded)]))
+            whole = _port(chip, *_tile_a(shape, step.m, shape.k))
+            resident = timeline.load(*whole, max(timeline.matrix, chain))
+        if number + len(loaded) < len(replayed):
+            loaded.append(_load_b(timeline, shape, replayed[number + len(loaded)]))
+        there = loaded.popleft()
+        if plan.resident:
+            there = max(there, resident)
+        else:
+            room = max(timeline.released[0], timeline.window[0])
+            a = _port(chip, *_tile_a(shape, step.m, step.k))
+            there = max(there, timeline.load(*a, max(room, chain)))
+        timeline.control += ISSUE_CYCLES + (TILE_CYCLES if step.first else 0)
+        transposes = shape.transposed_a, shape.transposed_b
+        duration = timing.matmul(chip, step.m, step.n, 1, step.k, *transposes)
+        free_acc = timeline.accumulators[0] if step.first else accumulated
+        start = max(timeline.matrix, there, free_acc)
+        timeline.matrix = start + duration.occupancy
+        accumulated = timeline.matrix + duration.tail
+        timeline.released.append(accumulated)
+        timeline.window.append(accumulated)
+        if step.last:
+            timeline.control += ISSUE_CYCLES
+            bias = timing.vector(chip, step.m, step.n, 1, 0).occupancy + 30 if shape.bias else 0
+            atoms = _atoms(step.m, step.n, shape.n, shape.output_bytes)
+            timeline.stores.append((accumulated + bias, atoms * timeline.atom))
+        if number + 1 == len(replayed) // 2:
+            middle = max(timeline.matrix, timeline.port)
+    rate = (max(timeline.matrix, timeline.port) - middle) / max(len(replayed) / 2, 1)
+    left = tiles * steps_per_tile - len(replayed)
+    return int(timeline.finish() + max(left, 0) * rate)
+
+
+def _load_b(timeline: _Timeline, shape: MatmulShape, step: _Step) -> float:
+    room = max(timeline.released[0], timeline.window[0])
+    return timeline.load(*_port(timeline.chip, *_tile_b(shape, step.n, step.k)), room)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One matmul: its extents, and where it stands in its output tile."""
+
+    m: int
+    n: int
+    k: int
+    first: bool
+    last: bool
+    new_rows: bool
+
+
+def _steps(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> Iterator[_Step]:
+    rows: tuple[int, int] | None = None
+    for g, i, j in _tiles(chip, shape, plan):
+        m, n = min(plan.bm, shape.m - i), min(plan.bn, shape.n - j)
+        for k in range(0, max(shape.k, 1), plan.bk):
+            width, last = min(plan.bk, shape.k - k), k + plan.bk >= shape.k
+            yield _Step(m, n, width, k == 0, last, rows != (g, i))
+            rows = (g, i)
+
+
+def _share_of_core(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> tuple[int, int]:
+    """Output tiles of the busiest core, and k steps of each."""
+    down, across = -(-shape.m // plan.bm), -(-shape.n // plan.bn)
+    if plan.resident:
+        tiles = shape.batch * down * -(-across // chip.cores)
+    else:
+        tiles = -(-shape.batch * down * across // chip.cores)
+    return tiles, max(-(-shape.k // plan.bk), 1)
+
+
+def _tiles(
+    chip: Chip, shape: MatmulShape, plan: MatmulPlan
+) -> Iterator[tuple[int, int, int]]:
+    """(batch, row, column) of the output tiles of core 0, in the kernels' order."""
+    down, across = -(-shape.m // plan.bm), -(-shape.n // plan.bn)
+    if plan.resident:
+        for g in range(shape.batch):
+            for i in range(down):
+                for j in range(0, across, chip.cores):
+                    yield g, i * plan.bm, j * plan.bn
+    else:
+        for t in range(0, shape.batch * down * across, chip.cores):
+            yield t // (down * across), t // across % down * plan.bm, t % across * plan.bn
+
+
+def _tile_a(shape: MatmulShape, m: int, k: int) -> tuple[int, int, int, int]:
+    if shape.transposed_a:
+        return k, m, shape.m, shape.operand_bytes
+    return m, k, shape.k, shape.operand_bytes
+
+
+def _tile_b(shape: MatmulShape, n: int, k: int) -> tuple[int, int, int, int]:
+    if shape.transposed_b:
+        return n, k, shape.k, shape.operand_bytes
+    return k, n, shape.n, shape.operand_bytes
+
+
+def _port(chip: Chip, rows: int, cols: int, pitch: int, size: int) -> tuple[int, int]:
+    """Atoms and local cycles of a load."""
+    return _atoms(rows, cols, pitch, size), timing.local_cycles(chip, rows, cols * size)
+
+
+# Choice ------------------------------------------------------------------------------------------
+
+
+def _sizes(extent: int, unit: int, limit: int) -> list[int]:
+    """Block sizes worth trying: the whole extent, even splits of it and powers of two, in units."""
+    extent = max(extent, 1)
+    found = {extent} if extent <= limit else set()
+    found |= {unit << s for s in range(12) if unit << s < min(extent + unit, limit + 1)}
+    for parts in range(2, 17):
+        size = _ceil_div(_ceil_div(extent, parts), unit) * unit
+        if unit <= size <= limit:
+            found.add(size)
+    return sorted(found)
+
+
+def legal_plans(chip: Chip, shape: MatmulShape) -> Iterator[MatmulPlan]:
+    """Every plan whose tiles fit; `cycles` is not estimated yet."""
+    low, high = kernel_sram(chip)
+    size = shape.operand_bytes
+    bank, acc_half = chip.bank_bytes("sram"), chip.acc_bytes // 2
+    k_unit = max(chip.rows, DRAM_ATOM_BYTES // size)
+    for bm in _sizes(shape.m, chip.rows, 1024):
+        for bn in _sizes(shape.n, chip.cols, 2048):
+            if _aligned(bm * bn * 4) > acc_half:
+                continue
+            output = 2 * _aligned(bm * bn * shape.output_bytes) if shape.bias else 0
+            room = high - low - SMALL_TILES - output
+            for bk in _sizes(shape.k, k_unit, 1 << 16):
+                for resident in (False, True) if shape.fixed_k else (False,):
+                    for buffers in RESIDENT_BUFFERS if resident else STREAM_BUFFERS:
+                        b = buffers * _aligned(bk * bn * size)
+                        a = _aligned(bm * (shape.k if resident else bk) * size)
+                        a *= 1 if resident else buffers
+                        if _banks(a, bank) + _banks(b, bank) <= room:
+                            yield MatmulPlan(resident, bm, bn, bk, buffers, 0)
+                            if not resident:
+                                break  # more are never worse; ahead of time they may be
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _banks(nbytes: int, bank: int) -> int:
+    """Bytes up to the end of the last bank: A and B must not share one."""
+    return -(-nbytes // bank) * bank
+
+
+def _bound(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> float:
+    """A quick lower bound, to skip hopeless plans."""
+    tiles, steps = _share_of_core(chip, shape, plan)
+    m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, max(shape.k, 1))
+    matmul = timing.matmul(chip, m, n, 1, k, shape.transposed_a, shape.transposed_b)
+    atoms = _atoms(*_tile_b(shape, n, k))
+    if not plan.resident:
+        atoms += _atoms(*_tile_a(shape, m, k))
+    dram = atoms * DRAM_ATOM_BYTES / float(chip.dram_share)
+    control = TILE_CYCLES / steps + (2 if plan.resident else 3) * ISSUE_CYCLES
+    edge = 0.5 if tiles * steps > 1 else 1.0  # tails may be much smaller than the rest
+    return max((tiles * steps - edge) * max(matmul.occupancy, dram, control), 0.0)
+
+
+@lru_cache(maxsize=4096)
+def choose_matmul(chip: Chip, shape: MatmulShape) -> MatmulPlan:
+    """The cheapest legal plan. Raises CompileError when none fits."""
+    plans = sorted(
+        ((_bound(chip, shape, plan), n, plan) for n, plan in enumerate(legal_plans(chip, shape)))
+    )
+    best: MatmulPlan | None = None
+    for bound, _, plan in plans[:COMPARED_PLANS]:
+        if best is not None and bound > 1.1 * best.cycles:
+            break
+        cycles = matmul_cycles(chip, shape, plan)
+        if best is None or cycles < best.cycles:
+            best = MatmulPlan(plan.resident, plan.bm, plan.bn, plan.bk, plan.buffers, cycles)
+    if best is None:
+        raise CompileError(
+            f"matmul {shape.m} x {shape.k} by {shape.k} x {shape.n}",
+            f"two buffers of the smallest tiles fit the SRAM of chip {chip.name}",
+            f"it has {chip.sram_bytes} bytes in {chip.sram_banks} banks",
+            "use a chip with more SRAM",
+        )
+    return best
