@@ -203,6 +203,14 @@ def test_heads_sharing_keys_are_cut_into_blocks():
         assert bits(cut) == bits(whole), rows
 
 
+def test_several_key_value_heads_at_once():
+    q, k, v = tensors(b=2, h=10, g=5, s=40)
+    found = {
+        bits(check(q, k, v, blocks=AttentionBlocks(rows, 64, 64))[0]) for rows in (2, 4, 7, 10)
+    }
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(("keys", "offset"), [(1, 0), (63, 62), (64, 63), (70, 10), (9, -1)])
 def test_decode_with_offset(keys, offset):
     check(*tensors(h=3, s=keys, d=32), causal=True, offset=offset)
@@ -457,11 +465,11 @@ def test_arguments_of_symbolic_sizes():
 
 
 def test_decode_hides_behind_its_keys_and_values():
-    """On `edge` a layer's decode takes a few thousand cycles more than loading K and V."""
+    """On `edge` a decode takes at most 4500 cycles, launch included, beyond loading K and V."""
     q, k, v = tensors(h=9, g=3, s=512, d=64)
     _, result = check(q, k, v, causal=True, offset=511, chip=EDGE)
     dram = (k.nbytes + v.nbytes) / float(EDGE.dram_bytes_per_cycle)
-    assert result.cycles <= dram + 5000
+    assert result.cycles <= dram + 4500
 
 
 def test_cores_share_the_work():

@@ -18,6 +18,7 @@ from fractions import Fraction
 import numpy as np
 from amaranth.back import verilog
 from check_matrix import expected, operand_bits, random_matmul
+from dma_model import Port, atom_ends, chunk_ends, load_end, rows_of, store_end
 from engines_top import EnginesTop
 from verilate import BUILD, HERE, build
 
@@ -73,6 +74,8 @@ def random_transfer(rng: random.Random, chip, name: str) -> dict[str, int] | Non
     f["address"] |= ACC_BIT * to_acc
     if name == "store":
         f["accumulate"] = 0
+    else:
+        f |= dict(pad_above=0, pad_below=0, pad_left=0, pad_right=0)
     return f
 
 
@@ -90,6 +93,18 @@ def execute(name, f, sram, acc, dram) -> None:
         memory[tile.byte_index()] = encode_lanes(decode(dram[where], mem)[0], local)
     else:
         dram[where] = encode_lanes(decode(memory[tile.byte_index()], local)[0], mem)
+
+
+def drift_jobs() -> list[tuple[str, dict[str, int]]]:
+    """A load whose second plane is aligned (1 atom a row) and whose first is not (2 a row), with
+    6 port words a row in SRAM: 4 < 6 < 8 cycles. Then a store of its last row."""
+    load = dict(mem=1, local=0, slot=0, offset=40, cols=24, rows=64, planes=2,
+                mem_row_stride=128, mem_plane_stride=64 * 128 - 40, address=0, row_stride=112,
+                plane_stride=64 * 112, pad_above=0, pad_below=0, pad_left=0, pad_right=0)
+    store = dict(mem=0, local=0, slot=1, offset=0, cols=24, rows=1, planes=1, mem_row_stride=96,
+                 mem_plane_stride=96, address=127 * 112, row_stride=96, plane_stride=96,
+                 accumulate=0)
+    return [("load", load), ("store", store)]
 
 
 def script(rng, jobs) -> list[Store]:
@@ -138,11 +153,27 @@ def chunk_count(chip, f, name) -> int:
     return math.prod(count for count, _ in loops) * -(-row_bytes // chip.port_bytes)
 
 
+def ideal_end(chip, name, f, start) -> int:
+    """The ideal engine's last chunk (load), or its last atom's slot (store)."""
+    touched = access(name, f)
+    tile, dram = touched.tiles[0], touched.dram
+    ratio = Fraction(DType(f["mem"]).bits, DType(f["local"]).bits)
+    x = 64 / chip.dram_share
+    rows, row_bytes = rows_of(dram.loops, dram.row_bytes)
+    atoms = atom_ends(f["offset"], rows, row_bytes)
+    chunks = chunk_ends(*rows_of(tile.loops, tile.row_bytes), chip.port_bytes)
+    if name == "load":
+        return load_end(Port(x), start, atoms, chunks, ratio)
+    port = Port(x)
+    return port.cycle(port.first(store_end(port, start, atoms, chunks, ratio)) - 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--bandwidth", default="16", help="DRAM bytes per cycle, at most 64")
     parser.add_argument("--latency", type=int, default=20)
+    parser.add_argument("--drift", action="store_true", help="only the load that comes too late")
     options = parser.parse_args()
     rng, bits = random.Random(7), np.random.default_rng(7)
     chip = replace(PRESETS["tiny"], dram_bytes_per_cycle=Fraction(options.bandwidth),
@@ -160,7 +191,9 @@ def main() -> None:
         wanted = rng.randint(2, 24)
         mix = rng.choice((("load", "matmul", "store"), ("load", "store"), ("load",), ("store",),
                           ("matmul", "load"), ("load", "matmul", "matmul", "store")))
-        while len(jobs) < wanted:
+        if options.drift:
+            jobs = drift_jobs()
+        while len(jobs) < wanted and not options.drift:
             name = rng.choice(mix)
             f = random_matmul(rng, chip) if name == "matmul" else random_transfer(rng, chip, name)
             if f is not None and all(v != 0 for k, v in f.items() if k == "n"):
@@ -212,6 +245,10 @@ def main() -> None:
                     last = events[kind][at + n - 1]
                     label = "1:1" if f["mem"] == f["local"] else "converting"
                     note(f"last {KINDS[kind]} ({label}) - finish", last - times[i].finish)
+                    if kind != 1:
+                        model = ideal_end(chip, engine, f, times[i].start)
+                        late = last - (model + (chip.dram_latency + 4 if kind == 0 else 10))
+                        note(f"{KINDS[kind]}: RTL - (ideal engine + registers)", late)
                     first = events[kind][at] - times[i].start
                     note(f"first {KINDS[kind]} - start, least", min(first, 99))
                 at += n

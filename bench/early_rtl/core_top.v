@@ -11,7 +11,7 @@ module core_top (
   picorv32 #(
     .ENABLE_COUNTERS(0), .ENABLE_COUNTERS64(0), .ENABLE_REGS_DUALPORT(1), .BARREL_SHIFTER(1),
     .ENABLE_FAST_MUL(1), .ENABLE_DIV(1), .CATCH_MISALIGN(1), .CATCH_ILLINSN(1),
-    .REGS_INIT_ZERO(1)
+    .REGS_INIT_ZERO(1), .STACKADDR(32'h1000_1000)
   ) cpu (
     .clk(clk), .resetn(resetn), .trap(trap),
     .mem_valid(mem_valid), .mem_instr(mem_instr), .mem_ready(mem_ready), .mem_addr(mem_addr),

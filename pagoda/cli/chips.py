@@ -35,7 +35,8 @@ def _overview(console: Console) -> None:
             f"{float(chip.peak_dram_bytes_per_second) / 1e9:,.1f}",
         )
     console.print(table)
-    console.print("SRAM and ACC are per core; GMAC/s and GB/s are peaks of the whole chip.", style="dim")
+    note = "SRAM and ACC are per core; GMAC/s and GB/s are peaks of the whole chip."
+    console.print(note, style="dim")
 
 
 def _details(console: Console, chip: Chip) -> None:

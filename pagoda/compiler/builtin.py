@@ -232,6 +232,15 @@ class Builtins:
         self.builder.transpose(turned.view, value.view, value.shape.cols, value.shape.rows)
         return turned
 
+    def _turned(self, value: TileValue) -> TileValue:
+        """The value in storage of the other orientation."""
+        shape = Shape(
+            value.shape.max_cols, value.shape.max_rows, value.shape.cols, value.shape.rows
+        )
+        if value.transposed:
+            return TileValue(value.view, shape)
+        return self._upright(TileValue(value.view, shape, transposed=True))
+
     def expression(self, function: str, kind: str, *operands: Operand) -> Expression:
         shapes = [o.shape for o in operands if not isinstance(o, Constant)]
         if not shapes:
@@ -422,12 +431,20 @@ class Builtins:
             access = Access(tensor.name, offset, row_stride)
             self.builder.store(access, value.view, rows.size, cols.size, accumulate=accumulate)
             return
-        value = self._upright(value)  # element by element
-        access = Access(tensor.name, offset, window.tensor.stride(col_dim), row_stride)
-        self.builder.store(
-            access, value.view, cols.size, 1, rows.size, accumulate=accumulate,
-            row_stride=value.tile.element_bytes, plane_stride=value.tile.row_bytes,
-        )  # fmt: skip
+        col_stride = window.tensor.stride(col_dim)
+        if self._contiguous(window, row_dim):
+            stored = self._turned(value)
+            access = Access(tensor.name, offset, col_stride)
+            self.builder.store(access, stored.view, cols.size, rows.size, accumulate=accumulate)
+            return
+        value = self._upright(value)
+        with self.builder.loop("row", 0, rows.size) as row:  # element by element, each an atom
+            access = Access(tensor.name, offset + row * row_stride, col_stride)
+            view = replace(value.view, row=value.view.row + row)
+            self.builder.store(
+                access, view, cols.size, 1, accumulate=accumulate,
+                row_stride=value.tile.element_bytes,
+            )  # fmt: skip
 
     # Matrix products -----------------------------------------------------------------------------
 

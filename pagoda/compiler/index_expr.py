@@ -78,6 +78,18 @@ class Expr:
         """Body values used as indices (indirect access), in order of first occurrence."""
         return list(dict.fromkeys(n.value for n in self.walk() if isinstance(n, Ref)))
 
+    def is_nonnegative(self) -> bool:
+        """Provably >= 0 (atoms are); False means unknown."""
+        if isinstance(self, Const):
+            return self.value >= 0
+        if isinstance(self, (Var, Symbol, Ref)):
+            return True
+        if isinstance(self, Max):
+            return any(child.is_nonnegative() for child in self.children())
+        if isinstance(self, Mod):
+            return self.right.is_nonnegative()
+        return all(child.is_nonnegative() for child in self.children())
+
     def is_const(self) -> bool:
         return isinstance(self, Const)
 
@@ -404,7 +416,27 @@ def _floordiv(left: Expr, right: Expr) -> Expr:
     if isinstance(right, Const) and _divides(right.value, left):
         terms = left.terms if isinstance(left, Add) else (left,)
         return _add(tuple(_join(_split(t)[0] // right.value, _split(t)[1]) for t in terms))
+    if isinstance(right, Const) and isinstance(left, Add) and right.value > 0:
+        whole, rest = _split_multiples(left, right.value)  # (8*a + r) // 8 = a + r // 8
+        if whole != Const(0):
+            return whole // right + rest // right
     return FloorDiv(left, right)
+
+
+def _split_multiples(value: Add, divisor: int) -> tuple[Expr, Expr]:
+    """A sum as (terms divisible by the divisor, the rest with its constant reduced)."""
+    whole: list[Expr] = []
+    rest: list[Expr] = []
+    for term in value.terms:
+        coefficient, factors = _split(term)
+        if coefficient % divisor == 0:
+            whole.append(term)
+        elif not factors:
+            whole.append(Const(coefficient - coefficient % divisor))
+            rest.append(Const(coefficient % divisor))
+        else:
+            rest.append(term)
+    return _add((Const(0), *whole)), _add((Const(0), *rest))
 
 
 def _mod(left: Expr, right: Expr) -> Expr:
@@ -416,6 +448,10 @@ def _mod(left: Expr, right: Expr) -> Expr:
         return Const(0)
     if isinstance(right, Const) and _divides(right.value, left):
         return Const(0)
+    if isinstance(right, Const) and isinstance(left, Add) and right.value > 0:
+        whole, rest = _split_multiples(left, right.value)
+        if whole != Const(0):
+            return rest % right
     return Mod(left, right)
 
 

@@ -167,7 +167,9 @@ def argument_words(
         for what, fixed, found in (
             ("sizes", tensor.sizes, given.sizes), ("strides", tensor.strides, given.strides),
         ):  # fmt: skip
-            if any(f is not None and f != g for f, g in zip(fixed, found, strict=True)):
+            matters = [what == "sizes" or _stride_matters(given, d) for d in range(tensor.rank)]
+            checked = zip(fixed, found, matters, strict=True)
+            if any(f is not None and f != g for f, g, matter in checked if matter):
                 raise CompileError(
                     f"call of {kernel.name}", f"{tensor.name} has the {what} {fixed}",
                     f"the argument has {found}", "compile the kernel for this layout",
@@ -187,6 +189,11 @@ def argument_words(
         else:
             words.append(getattr(given, f"{what}s")[dim])
     return tuple(words)
+
+
+def _stride_matters(tensor: TensorArgument, dim: int) -> bool:
+    """Does any access use the stride? Not along one element, nor in an empty tensor."""
+    return tensor.sizes[dim] > 1 and 0 not in tensor.sizes
 
 
 def record_bytes(arguments: int) -> int:

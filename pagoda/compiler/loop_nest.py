@@ -392,6 +392,16 @@ class Builder:
                 break
         return self._emit(op)
 
+    def known(self, value: int) -> bool | None:
+        """The truth of a value that is a boolean constant, else None."""
+        op = self._body[value]
+        return op.value if isinstance(op, Constant) and op.dtype == "bool" else None
+
+    def is_one(self, value: int) -> bool:
+        """Whether a value is the float constant 1."""
+        op = self._body[value]
+        return isinstance(op, Constant) and type(op.value) is float and op.value == 1.0
+
     def is_masked_load(self, value: int, mask: int, other: Scalar) -> bool:
         """Whether a value is a load under exactly this mask that yields `other` elsewhere."""
         op = self._body[value]

@@ -149,9 +149,7 @@ def _exp(keep: Keep, x: Tree) -> Tree:
     t = keep(_f("fmul", x, _LOG2E))
     lost = _f("fma", x, _LOG2E, _f("fneg", t))
     factor = _f("fma", _f("fma", x, _LOG2E_LOW, lost), _LN2, 1.0)
-    # Half of 2^t is finite wherever the exponential is.
-    half = _f("exp2", _f("fadd", t, -1.0))
-    return _f("fmul", _f("fmul", half, factor), 2.0)
+    return _f("fmul", _f("exp2", t), factor)
 
 
 _EXPM1 = (
@@ -214,9 +212,8 @@ def _tanh(keep: Keep, x: Tree) -> Tree:
     square = keep(_f("fmul", x, x))
     power = _exp(keep, _f("fmul", size, 2.0))
     large = _f("fsub", splat(1.0), _f("fmul", _f("recip", _f("fadd", power, 1.0)), 2.0))
-    return _select(
-        _f("flt", size, 0.65), _odd(x, square, _TANH), _with_sign_of(keep(large), x)
-    )
+    small = _odd(size, square, _TANH)
+    return _with_sign_of(keep(_select(_f("flt", size, 0.65), small, large)), x)
 
 
 def _sinh(keep: Keep, x: Tree) -> Tree:
@@ -226,8 +223,8 @@ def _sinh(keep: Keep, x: Tree) -> Tree:
     size = keep(_f("fabs", x))
     square = keep(_f("fmul", x, x))
     half, inverse = _half_squares(keep, size)
-    large = _with_sign_of(keep(_f("fsub", half, inverse)), x)
-    return _select(_f("flt", size, 1.0), _odd(x, square, _SINH), large)
+    small, large = _odd(size, square, _SINH), _f("fsub", half, inverse)
+    return _with_sign_of(keep(_select(_f("flt", size, 1.0), small, large)), x)
 
 
 def _cosh(keep: Keep, x: Tree) -> Tree:
@@ -308,7 +305,8 @@ def _pow(keep: Keep, x: Tree, y: Tree) -> Tree:
     odd = _i("and", odd, _i("xor", fractional, 1))
     signed = _select(odd, _with_sign_of(value, x), value)
     finite_negative = _i("and", _f("flt", x, 0.0), _f("fgt", x, -math.inf))
-    signed = _select(_i("and", fractional, finite_negative), math.nan, signed)
+    undefined = _i("or", _i("and", fractional, finite_negative), _f("fne", x, x))
+    signed = _select(undefined, math.nan, signed)
     one = _i("or", _f("feq", x, 1.0), _f("feq", y, 0.0))
     return _select(one, 1.0, signed)
 

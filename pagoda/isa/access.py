@@ -35,9 +35,7 @@ class Range(NamedTuple):
     last: int
 
     def overlaps(self, other: Range) -> bool:
-        return (
-            self.space == other.space and self.first <= other.last and other.first <= self.last
-        )
+        return self.space == other.space and self.first <= other.last and other.first <= self.last
 
 
 def element_bytes(dtype: DType) -> int:
@@ -339,9 +337,7 @@ def _transpose(command: str, f: Fields) -> Access:
 
 
 def _iota(command: str, f: Fields) -> Access:
-    dst = Tile(
-        "dst", f["dst"], DType.I32, ((f["rows"], f["dst_stride"]),), f["cols"], writes=True
-    )
+    dst = Tile("dst", f["dst"], DType.I32, ((f["rows"], f["dst_stride"]),), f["cols"], writes=True)
     return Access(command, f, (dst,), {"dst": 4, "dst_stride": 4})
 
 

@@ -73,9 +73,7 @@ class Definition:
         program = launch.program
         resident = program.digest == self._resident
         self._resident = program.digest
-        first = timing.first_instruction(
-            self.chip, len(program.code), resident, len(launch.args)
-        )
+        first = timing.first_instruction(self.chip, len(program.code), resident, len(launch.args))
         for core in self._cores:
             core.begin(launch, program.code, first)
         fault = self._run_epochs()

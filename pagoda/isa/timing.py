@@ -127,9 +127,7 @@ def matmul(
     weights = max(rows, cols) if transpose_b else rows
     unit = streamed + weights if shared_bank else max(streamed, weights)
     fill = weights + rows * transpose_a + rows * transpose_b
-    return Duration(
-        fill + passes * max(blocks * unit, chip.psum_latency), chip.psum_latency + 4
-    )
+    return Duration(fill + passes * max(blocks * unit, chip.psum_latency), chip.psum_latency + 4)
 
 
 def vector(chip: Chip, rows: int, cols: int, f1: int, f2: int, per_bank: int = 1) -> Duration:

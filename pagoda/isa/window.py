@@ -67,9 +67,7 @@ class Entry:
         )
 
     def shares_port(self, other: Entry) -> bool:
-        return bool(
-            self.read_ports & other.read_ports or self.write_ports & other.write_ports
-        )
+        return bool(self.read_ports & other.read_ports or self.write_ports & other.write_ports)
 
 
 class Window:

@@ -14,7 +14,7 @@ Meaning. Keys are worked off in softmax blocks of SOFTMAX_BLOCK = 512 (online so
     p = bf16(exp2(t - m))       0 where t is -inf
     l = l * exp2(m_old - m) + sum p      in 64 lanes: lane s mod 64 adds its keys in order
     o = o * exp2(m_old - m) + p v        adds s = 0, 1, ... in order
-    out = o * (1 / max(l, 1)) + 0        rounded once more to the type of out
+    out = o * (1 / max(l, 1)) + 0        rounded to the type of out; 1 / l by table if that is bf16
 
 where scale' = scale * log2(e). With a float mask t = fma(scale, q . k, mask) and exp2(x) becomes
 exp2(x * log2(e)), so that masks of -FLT_MAX keep their meaning. l >= 1 unless a row sees nothing.
@@ -106,9 +106,10 @@ SCALARS = (
     "scale", "heads_per_group", "group_block", "head_block", "query_block",
     "group_blocks", "head_blocks", "query_blocks",
 )  # fmt: skip
-"""scale: float32 bits of scale' (see the module). heads_per_group: H / G. group_block x head_block x
-query_block <= rows: KV heads, query heads of each, and queries of a unit; if group_block > 1,
-head_block is H / G. group_blocks, head_blocks, query_blocks: how many cover G, H / G and Q."""
+"""scale: float32 bits of scale' (see the module). heads_per_group: H / G. group_block, head_block,
+query_block: KV heads, query heads of each, and queries of a unit, whose product is at most `rows`;
+if group_block > 1, head_block is H / G. group_blocks, head_blocks, query_blocks: how many of them
+cover G, H / G and Q."""
 
 
 class _Attention:
@@ -225,7 +226,7 @@ class _Attention:
         b, most = self.b, self.blocks.rows
         window = self.q.at(self.batch, self.head, self.query)
         if self.terms == 1:
-            tile = b.tile(DType.BF16, most, self.head_dim, name="q", buffers=2)
+            tile = b.tile(DType.BF16, most, self.head_dim, name="q_tile", buffers=2)
             self._load_rows(tile, window, self.head_dim)
             return [tile]
         whole = b.tile(DType.F32, most, self.head_dim, name="q_float", buffers=1)
@@ -286,7 +287,7 @@ class _Attention:
         """Rows of K or V as bf16 terms."""
         b, most = self.b, self.blocks.keys
         if self.terms == 1:
-            tile = b.tile(DType.BF16, most, width, name=name)
+            tile = b.tile(DType.BF16, most, width, name=f"{name}_tile")
             b.load(tile, window, keys, width)
             return [tile]
         whole = b.tile(DType.F32, most, width, name=f"{name}_float", buffers=1)
@@ -367,16 +368,14 @@ class _Attention:
         summed = b.tile(DType.BF16 if self.terms == 1 else DType.F32, *shape, name="weights")
         power = self._power(Read(scores), Column(maximum_now))
         b.elementwise(summed, power, self.rows, count)
-        b.reduce("fsum", sum_state, summed, self.rows, count, first=first.eq(0), start=first)
+        b.reduce("fsum", sum_state, summed, self.rows, count, first=first.eq(0), start=scores.col)
         if self.terms == 1:
             return [summed]
         terms = self._term_tiles("weights", *shape)
         split_terms(b, summed, terms, self.rows, count)
         return terms
 
-    def _dot_values(
-        self, result: Tile, weights: list[Tile], first: Scalar, count: Scalar
-    ) -> None:
+    def _dot_values(self, result: Tile, weights: list[Tile], first: Scalar, count: Scalar) -> None:
         """result += weights v for `count` keys from `first` on; from key 0 on it starts anew."""
         b = self.b
         runs = self._runs(count, once=True)
@@ -396,7 +395,10 @@ class _Attention:
         total = b.tile(DType.F32, most, 1, name="total")
         b.finish("fsum", total, sum_state, self.rows)
         positive = apply("fmax", Read(total.view()), splat(1.0))
-        b.elementwise(total, apply("fdiv", splat(1.0), positive), self.rows)
+        # The table's 2 ulp are far below bf16, and it takes a quarter of a division's time.
+        exact = self.dtype is DType.F32
+        inverse = apply("fdiv", splat(1.0), positive) if exact else apply("recip", positive)
+        b.elementwise(total, inverse, self.rows)
         rounded = b.tile(self.dtype, most, self.value_dim, name="rounded")
         quotient = apply("fmul", Read(result.view()), Column(total.view()))
         b.elementwise(rounded, apply("fadd", quotient, splat(0.0)), self.rows)

@@ -44,9 +44,7 @@ def attention_for(call: KernelCall, chip: Chip, terms: int = 3) -> tuple[Kernel,
     used = terms if dtype is DType.F32 else 1
     blocks = choose_blocks(chip, head_dim, value_dim=value_dim, mask=kind, terms=used)
     causal = bool(_library(call).attribute("causal"))
-    kernel = attention_kernel(
-        dtype, head_dim, causal, kind, used, blocks, value_dim=value_dim
-    )
+    kernel = attention_kernel(dtype, head_dim, causal, kind, used, blocks, value_dim=value_dim)
     return kernel, blocks
 
 

@@ -116,7 +116,8 @@ def _resized(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An operation whose `out` is empty and takes the size of the result (`arange` does this)."""
     out = kwargs["out"]
     names = [a.name for a in op._schema.arguments if not a.is_out]
-    for overload in map(op.overloadpacket.__getattr__, op.overloadpacket.overloads()):
+    for name in op.overloadpacket.overloads():
+        overload = getattr(op.overloadpacket, name)
         arguments = {a.name: a for a in overload._schema.arguments}
         extra = arguments.keys() - set(names)
         if list(arguments)[: len(names)] == names and extra <= _FACTORY:
@@ -248,7 +249,9 @@ def _fake(mode: Any, shapes: ShapeEnv, value: Any, number: int, dynamic: frozens
         return shapes.create_symintnode(
             shapes.create_symbol(value, source, DimDynamic.STATIC), hint=value, source=source
         )
-    symbol = shapes.create_symbol(value, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    symbol = shapes.create_symbol(
+        value, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+    )
     return shapes.create_symintnode(symbol, hint=value, source=source)
 
 

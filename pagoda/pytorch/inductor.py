@@ -16,6 +16,7 @@ from torch._inductor.codegen.common import (
 from torch._inductor.compile_fx import compile_fx
 
 from pagoda.pytorch import decompositions, device, eager
+from pagoda.pytorch.graph_pass import GraphPass
 from pagoda.pytorch.scheduling import PagodaScheduling
 from pagoda.pytorch.wrapper import RegionWrapper
 
@@ -43,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "size_asserts": False,
     "alignment_asserts": False,
     "fallback_random": True,
+    "post_grad_custom_pre_pass": GraphPass(),
 }
 SETTINGS = {name: value for name, value in SETTINGS.items() if hasattr(config, name)}
 

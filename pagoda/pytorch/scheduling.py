@@ -25,6 +25,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from pagoda.compiler.index_expr import Var
 from pagoda.compiler.loop_nest import Builder, LoopNest
+from pagoda.compiler.loop_nest_split import split
 from pagoda.pytorch.loops import NestHandler, Unsupported
 from pagoda.pytorch.symbolic import to_expr
 
@@ -199,7 +200,15 @@ class PagodaScheduling(BaseScheduling):
                 f"cannot compile {', '.join(origins)} for device pagoda: {error} "
                 "Rewrite this part of the model, or keep it on the CPU with .cpu()."
             ) from error
-        V.graph.wrapper_code.writeline(LoopNestLine(nest, tensors, symbols, ", ".join(origins)))
+        for piece, params, used in split(nest):
+            V.graph.wrapper_code.writeline(
+                LoopNestLine(
+                    piece,
+                    [tensors[p] for p in params],
+                    [symbols[s] for s in used],
+                    ", ".join(origins),
+                )
+            )
         self.free_buffers_in_scheduler()
 
     def _nest(

@@ -72,7 +72,7 @@ DETAILS = (
     "{0} must be a multiple of {1}",
     "extent {0}: must be at most {1}",
     "transpose A: m1, m2 and k outer must be 1",
-    "start = {0}: must be a multiple of 64",
+    "start = {0}: must be a multiple of 64, at most 2^30",
     "{0} padding elements or rows of {1}: more than there are",
     "{0} I4 elements, {1} of them padding: must be even",
     "destination stride {0} is less than the {1} bytes of a row",

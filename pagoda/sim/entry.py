@@ -62,6 +62,7 @@ OUT_OF_SLOT = int(FaultKind.OUT_OF_SLOT)
 LOCAL_OUT_OF_RANGE = int(FaultKind.LOCAL_OUT_OF_RANGE)
 GATHER_INDEX = int(FaultKind.GATHER_INDEX)
 COUNT_LIMIT = 1 << 20
+START_LIMIT = 1 << 30
 ATOM_SHIFT = 6
 
 
@@ -562,7 +563,7 @@ def _prepare_reduce(st, e):
         return fault
     if max(rows, cols) > COUNT_LIMIT:
         return fail(st, BAD_FIELD, details.COUNT, max(rows, cols), COUNT_LIMIT)
-    if not column and start % STATE_LANES:
+    if not column and (start % STATE_LANES or start > START_LIMIT):
         return fail(st, BAD_FIELD, details.START, start, 0)
     words = 2 * STATE_LANES if op == ARGMAX else STATE_LANES
     if column:

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from pagoda.isa.tables import (
+    EXP2_TABLE,
+    LOG2_TABLE,
+    RECIPROCAL_TABLE,
+    RSQRT_TABLE,
+    SIN2PI_TABLE,
+)
 from pagoda.sim.jit import (
     ceil_f32,
     copy_bytes,
@@ -16,25 +23,33 @@ from pagoda.sim.jit import (
     jit,
     load_f32,
     load_i32,
+    load_i64,
     load_u32,
     round_even_f32,
     sqrt_f32,
     store_f32,
     store_i32,
+    store_i64,
     trunc_f32,
 )
 from pagoda.sim.numbers import (
     canonical,
-    exp2,
+    evaluate,
+    exp2_index,
+    exp2_result,
     float_max,
     float_min,
     float_to_int,
     floor_quotient,
     floor_remainder,
-    log2,
-    reciprocal,
-    rsqrt,
-    sin2pi,
+    log2_index,
+    log2_result,
+    reciprocal_index,
+    reciprocal_result,
+    rsqrt_index,
+    rsqrt_result,
+    sin2pi_index,
+    sin2pi_result,
 )
 
 MOV, FADD, FSUB, FMUL, FDIV, FMAX, FMIN, FRSUB, FRDIV, FLT, FLE, FEQ, FNE, FGT, FGE = range(15)
@@ -73,7 +88,42 @@ LATENCY = _by_code(
 
 
 @jit
-def apply_unary(code, r, x, n):
+def _apply_table(code, r, x, n, work):
+    if code == EXP2:
+        for i in range(n):
+            store_i64(work, i, exp2_index(np.int64(load_u32(x, i))))
+        evaluate(EXP2_TABLE, work, n, 23)
+        for i in range(n):
+            store_i32(r, i, np.int32(exp2_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+    elif code == LOG2:
+        for i in range(n):
+            store_i64(work, i, log2_index(np.int64(load_u32(x, i))))
+        evaluate(LOG2_TABLE, work, n, 16)
+        for i in range(n):
+            store_i32(r, i, np.int32(log2_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+    elif code == RECIP:
+        for i in range(n):
+            store_i64(work, i, reciprocal_index(np.int64(load_u32(x, i))))
+        evaluate(RECIPROCAL_TABLE, work, n, 15)
+        for i in range(n):
+            store_i32(r, i, np.int32(reciprocal_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+    elif code == RSQRT:
+        for i in range(n):
+            store_i64(work, i, rsqrt_index(np.int64(load_u32(x, i))))
+        evaluate(RSQRT_TABLE, work, n, 16)
+        for i in range(n):
+            store_i32(r, i, np.int32(rsqrt_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+    elif code == SIN2PI:
+        for i in range(n):
+            store_i64(work, i, sin2pi_index(np.int64(load_u32(x, i))))
+        evaluate(SIN2PI_TABLE, work, n, 21)
+        for i in range(n):
+            store_i32(r, i, np.int32(sin2pi_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+
+
+@jit
+def apply_unary(code, r, x, n, work):
+    """work: address of scratch for n int64."""
     if code == MOV:
         copy_bytes(r, x, 4 * n)
     elif code == FNEG:
@@ -97,21 +147,8 @@ def apply_unary(code, r, x, n):
     elif code == FROUND:
         for i in range(n):
             store_f32(r, i, canonical(round_even_f32(load_f32(x, i))))
-    elif code == EXP2:
-        for i in range(n):
-            store_i32(r, i, np.int32(exp2(np.int64(load_u32(x, i)))))
-    elif code == LOG2:
-        for i in range(n):
-            store_i32(r, i, np.int32(log2(np.int64(load_u32(x, i)))))
-    elif code == RECIP:
-        for i in range(n):
-            store_i32(r, i, np.int32(reciprocal(np.int64(load_u32(x, i)))))
-    elif code == RSQRT:
-        for i in range(n):
-            store_i32(r, i, np.int32(rsqrt(np.int64(load_u32(x, i)))))
-    elif code == SIN2PI:
-        for i in range(n):
-            store_i32(r, i, np.int32(sin2pi(np.int64(load_u32(x, i)))))
+    elif EXP2 <= code and code <= SIN2PI:
+        _apply_table(code, r, x, n, work)
     elif code == F2I:
         for i in range(n):
             store_i32(r, i, float_to_int(load_f32(x, i)))

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagoda.isa.tables import (
-    EXP2_TABLE,
-    LOG2_TABLE,
-    RECIPROCAL_TABLE,
-    RSQRT_TABLE,
-    SIN2PI_TABLE,
-)
-from pagoda.sim.jit import bits_float, float_bits, jit, leading_zeros
+from pagoda.sim.jit import float_bits, jit, leading_zeros, load_i64, store_i64
 
 INFINITY = 0x7F800000
 NAN = 0x7FC00000
@@ -91,7 +84,7 @@ def bf16_code(bits):
 
 @jit
 def f8_code(bits):
-    """A lane (int32) rounded into F8E4M3; what is too large or no number is the NaN code."""
+    """A lane (int32) rounded into F8E4M3, saturated at 448; NaN keeps its sign."""
     word = np.int64(np.uint32(bits))
     magnitude = word & 0x7FFFFFFF
     field = magnitude >> 23
@@ -103,7 +96,8 @@ def f8_code(bits):
     rest = significand - (kept << drop)
     half = np.int64(1) << (drop - 1)
     kept += np.int64((rest > half) | ((rest == half) & ((kept & 1) == 1)))
-    return np.int32(min(((unit - 1) << 3) + kept, 0x7F) | ((word >> 24) & 0x80))
+    code = 0x7F if magnitude > INFINITY else min(((unit - 1) << 3) + kept, 0x7E)
+    return np.int32(code | ((word >> 24) & 0x80))
 
 
 def _f8_lane(code: int) -> int:
@@ -121,10 +115,19 @@ F8_LANES = np.array([_f8_lane(code) for code in range(256)], np.uint32).view(np.
 # Table functions ---------------------------------------------------------------------------------
 
 
+# Each function is two: which row of its table and where in the segment (`..._index`, row * 2^32 +
+# position), and the result from the quadratic's value y. Between them comes a look-up that no host
+# does fast for many lanes at once, so it is a loop of its own (`evaluate`).
+
+
 @jit
-def _quadratic(table, row, position, width):
-    inner = table[row, 1] + ((table[row, 2] * position) >> width)
-    return table[row, 0] + ((inner * position) >> width)
+def evaluate(table, work, count, width):
+    """Replace the `count` int64 at `work`, which index functions made, by the quadratic's y."""
+    for i in range(count):
+        where = load_i64(work, i)
+        row, position = where >> 32, where & 0xFFFFFFFF
+        inner = table[row, 1] + ((table[row, 2] * position) >> width)
+        store_i64(work, i, table[row, 0] + ((inner * position) >> width))
 
 
 @jit
@@ -159,102 +162,154 @@ def _normal_shift(significand):
 
 
 @jit
-def exp2(pattern):
+def _exp2_fixed(pattern):
+    """floor(x * 2^30), and 0 for what does not get that far."""
     magnitude = pattern & 0x7FFFFFFF
-    negative = pattern >= SIGN
-    nan = magnitude > INFINITY
-    over = (not negative) & (magnitude >= 0x43000000)
-    under = negative & (magnitude >= 0x43160000)
-    usable = 0 if nan | over | under else pattern
+    usable = 0 if magnitude >= 0x43160000 else pattern  # beyond 150 nothing is computed
     significand = _significand(usable)
     shift = _exponent(usable) + 30
     signed = -significand if usable >= SIGN else significand
-    fixed = (signed << min(max(shift, 0), 62)) >> min(max(-shift, 0), 63)
-    y = _quadratic(EXP2_TABLE, (fixed >> 23) & 127, fixed & 0x7FFFFF, 23)
-    result = _pack(0, y, (fixed >> 30) - 30)
-    result = 0 if under else result
-    result = INFINITY if over else result
-    return NAN if nan else result
+    return (signed << min(max(shift, 0), 62)) >> min(max(-shift, 0), 63)
 
 
 @jit
-def log2(pattern):
+def exp2_index(pattern):
+    fixed = _exp2_fixed(pattern)
+    return (((fixed >> 23) & 127) << 32) | (fixed & 0x7FFFFF)
+
+
+@jit
+def exp2_result(pattern, y):
     magnitude = pattern & 0x7FFFFFFF
-    nan = (magnitude > INFINITY) | (pattern > SIGN)
-    zero = magnitude == 0
-    infinite = pattern == INFINITY
-    usable = ONE if nan | zero | infinite else pattern
+    negative = pattern >= SIGN
+    result = _pack(0, y, (_exp2_fixed(pattern) >> 30) - 30)
+    result = 0 if negative & (magnitude >= 0x43160000) else result
+    result = INFINITY if (not negative) & (magnitude >= 0x43000000) else result
+    return NAN if magnitude > INFINITY else result
+
+
+@jit
+def _positive(pattern):
+    """The pattern where it is a positive number, else that of 1."""
+    return pattern if (pattern > 0) & (pattern < INFINITY) else ONE
+
+
+@jit
+def _log2_offset(m):
+    """T: the distance of the significand from 1 or 2, scaled by 2^24."""
+    return m - (1 << 24) if m >= 3 << 22 else 2 * (m - (1 << 23))
+
+
+@jit
+def log2_index(pattern):
+    significand = _significand(_positive(pattern))
+    z = _log2_offset(significand << _normal_shift(significand)) + (1 << 22)
+    return ((z >> 16) << 32) | (z & 0xFFFF)
+
+
+@jit
+def log2_result(pattern, y):
+    usable = _positive(pattern)
     significand = _significand(usable)
     shift = _normal_shift(significand)
     m = significand << shift
-    e = _exponent(usable) - shift
-    upper = m >= 3 << 22
-    t = m - (1 << 24) if upper else 2 * (m - (1 << 23))
-    z = t + (1 << 22)
-    y = _quadratic(LOG2_TABLE, z >> 16, z & 0xFFFF, 16)
-    total = ((e + 23 + np.int64(upper)) << 54) + t * y
+    exponent = _exponent(usable) - shift + 23 + np.int64(m >= 3 << 22)
+    total = (exponent << 54) + _log2_offset(m) * y
     result = _pack(np.int64(total < 0), abs(total), -54)
-    result = INFINITY if infinite else result
-    result = (INFINITY | SIGN) if zero else result
-    return NAN if nan else result
+    result = INFINITY if pattern == INFINITY else result
+    result = (INFINITY | SIGN) if pattern & 0x7FFFFFFF == 0 else result
+    return NAN if ((pattern & 0x7FFFFFFF) > INFINITY) | (pattern > SIGN) else result
 
 
 @jit
-def reciprocal(pattern):
+def reciprocal_index(pattern):
+    significand = _significand(_positive(pattern & 0x7FFFFFFF))
+    u = (significand << _normal_shift(significand)) - (1 << 23)
+    return ((u >> 15) << 32) | (u & 0x7FFF)
+
+
+@jit
+def reciprocal_result(pattern, y):
     magnitude = pattern & 0x7FFFFFFF
-    nan = magnitude > INFINITY
-    zero = magnitude == 0
-    infinite = magnitude == INFINITY
-    usable = ONE if nan | zero | infinite else magnitude
-    significand = _significand(usable)
-    shift = _normal_shift(significand)
-    u = (significand << shift) - (1 << 23)
-    y = _quadratic(RECIPROCAL_TABLE, u >> 15, u & 0x7FFF, 15)
+    usable = _positive(magnitude)
+    exponent = _exponent(usable) - _normal_shift(_significand(usable))
     sign = pattern >> 31
-    result = _pack(sign, y, -53 - (_exponent(usable) - shift))
-    result = sign << 31 if infinite else result
-    result = (INFINITY | (sign << 31)) if zero else result
-    return NAN if nan else result
+    result = _pack(sign, y, -53 - exponent)
+    result = sign << 31 if magnitude == INFINITY else result
+    result = (INFINITY | (sign << 31)) if magnitude == 0 else result
+    return NAN if magnitude > INFINITY else result
 
 
 @jit
-def rsqrt(pattern):
-    zero = (pattern & 0x7FFFFFFF) == 0
-    nan = ((pattern & 0x7FFFFFFF) > INFINITY) | (pattern > SIGN)
-    infinite = pattern == INFINITY
-    usable = ONE if nan | zero | infinite else pattern
+def _rsqrt_power(usable):
+    return _exponent(usable) - _normal_shift(_significand(usable)) + 23
+
+
+@jit
+def rsqrt_index(pattern):
+    usable = _positive(pattern)
     significand = _significand(usable)
-    shift = _normal_shift(significand)
-    power = _exponent(usable) - shift + 23
-    u = (significand << shift) - (1 << 23)
-    y = _quadratic(RSQRT_TABLE, 128 * (power & 1) + (u >> 16), u & 0xFFFF, 16)
-    result = _pack(0, y, -30 - (power >> 1))
-    result = 0 if infinite else result
-    result = (pattern | INFINITY) if zero else result
-    return NAN if nan else result
+    u = (significand << _normal_shift(significand)) - (1 << 23)
+    return ((128 * (_rsqrt_power(usable) & 1) + (u >> 16)) << 32) | (u & 0xFFFF)
 
 
 @jit
-def sin2pi(pattern):
+def rsqrt_result(pattern, y):
+    result = _pack(0, y, -30 - (_rsqrt_power(_positive(pattern)) >> 1))
+    result = 0 if pattern == INFINITY else result
+    result = (pattern | INFINITY) if pattern & 0x7FFFFFFF == 0 else result
+    return NAN if ((pattern & 0x7FFFFFFF) > INFINITY) | (pattern > SIGN) else result
+
+
+@jit
+def _below_whole(pattern):
+    """|x| where it has a fraction, else 0."""
     magnitude = pattern & 0x7FFFFFFF
-    nan = magnitude >= INFINITY
-    whole = magnitude >= 0x4B000000
-    usable = 0 if whole else magnitude
+    return 0 if magnitude >= 0x4B000000 else magnitude
+
+
+@jit
+def _sin2pi_flips(m, e):
+    """Whether the fraction of a turn, m * 2^e modulo 1, is above one half."""
+    turn = np.int64(1) << min(max(-e, 0), 26)
+    return (e >= -25) & (2 * (m & (turn - 1)) > turn)
+
+
+@jit
+def _sin2pi_folded(m, e):
+    """F: the fraction folded into the first quarter of the turn, scaled by 2^-e."""
+    turn = np.int64(1) << min(max(-e, 0), 26)
+    f = m & (turn - 1)
+    f = turn - f if 2 * f > turn else f
+    f = (turn >> 1) - f if 4 * f > turn else f
+    return m if e < -25 else f  # |x| < 1/4: nothing to fold
+
+
+@jit
+def _sin2pi_fixed(pattern):
+    usable = _below_whole(pattern)
+    e = _exponent(usable)
+    f = _sin2pi_folded(_significand(usable), e)
+    z = (f << min(max(e + 30, 0), 62)) >> min(max(-(e + 30), 0), 63)
+    return min(z, (1 << 28) - 1)
+
+
+@jit
+def sin2pi_index(pattern):
+    z = _sin2pi_fixed(pattern)
+    return ((z >> 21) << 32) | (z & 0x1FFFFF)
+
+
+@jit
+def sin2pi_result(pattern, y):
+    magnitude = pattern & 0x7FFFFFFF
+    usable = _below_whole(pattern)
     m = _significand(usable)
     e = _exponent(usable)
-    small = e < -25
-    turn = np.int64(1) << min(max(-e, 0), 26)
-    f = m if small else m & (turn - 1)
-    flip = (not small) & (2 * f > turn)
-    f = turn - f if flip else f
-    f = (turn >> 1) - f if (not small) & (4 * f > turn) else f
-    z = (f << min(max(e + 30, 0), 62)) >> min(max(-(e + 30), 0), 63)
-    z = min(z, (1 << 28) - 1)
-    y = _quadratic(SIN2PI_TABLE, z >> 21, z & 0x1FFFFF, 21)
     sign = pattern >> 31
-    result = _pack(sign ^ np.int64(flip), f * y, e - 30)
-    result = sign << 31 if whole else result
-    return NAN if nan else result
+    result = _pack(sign ^ np.int64(_sin2pi_flips(m, e)), _sin2pi_folded(m, e) * y, e - 30)
+    result = sign << 31 if magnitude >= 0x4B000000 else result
+    return NAN if magnitude >= INFINITY else result
 
 
 @jit
@@ -265,9 +320,3 @@ def argmax_prefers(value, index, other, other_index):
     better = (other_nan & (not nan)) if nan | other_nan else other > value
     tie = (nan & other_nan) | (value == other)
     return better | (tie & (other_index < index))
-
-
-@jit
-def float_of(pattern):
-    """The binary32 of a pattern given as int64."""
-    return bits_float(np.int32(pattern))

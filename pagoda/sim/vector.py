@@ -98,6 +98,7 @@ def run_vector(st):
     c_lanes = b_lanes + LANE_BUFFER_BYTES
     middle = c_lanes + LANE_BUFFER_BYTES
     result = middle + LANE_BUFFER_BYTES
+    work = result + LANE_BUFFER_BYTES  # two buffers long
     for k in range(3):
         if operand_kind(st, k) == SCALAR:
             _splat(a_lanes + k * LANE_BUFFER_BYTES, st[_BANK + 2 + 2 * k], min(cols, CHUNK))
@@ -128,13 +129,13 @@ def run_vector(st):
                     if binary1:
                         apply_binary(f1, first, x, y, part)
                     else:
-                        apply_unary(f1, first, x, part)
+                        apply_unary(f1, first, x, part, work)
                     x = first
                 if f2 != MOV:
                     if binary2:
                         apply_binary(f2, out, x, z, part)
                     else:
-                        apply_unary(f2, out, x, part)
+                        apply_unary(f2, out, x, part, work)
             if out != place:
                 encode(out, dtype, place, part)
             done += part

@@ -1,0 +1,29 @@
+"""`pagoda bench`: each benchmark prints a table, and with --json one object on its last line."""
+
+import importlib
+
+import click
+
+BENCHMARKS = {
+    "gemm": "Matrix products: array utilisation, simulation speed.",
+    "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(BENCHMARKS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in BENCHMARKS:
+            return None
+        return getattr(importlib.import_module(f"pagoda.cli.bench_{name}"), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Benchmarks"):
+            formatter.write_dl(list(BENCHMARKS.items()))
+
+
+@click.group(cls=_Lazy)
+def bench() -> None:
+    """Measure: cycles, utilisation, host speed; --json for scripts."""

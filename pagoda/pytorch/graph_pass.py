@@ -1,0 +1,74 @@
+"""A pass over the graph between torch's decompositions and Inductor's lowering."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+aten = torch.ops.aten
+
+
+class GraphPass(CustomGraphPass):
+    """Rewrites graphs for this device. Its `uuid` is part of Inductor's cache keys: it covers all
+    code that shapes a region, so that a cached region is never older than the code."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        share_heads(graph)
+
+    def uuid(self) -> str:
+        return source_hash()
+
+
+@functools.cache
+def source_hash() -> str:
+    """SHA-256 of the sources of this folder and of the plain data it produces."""
+    here = Path(__file__).parent
+    files = [*here.glob("*.py"), *(here.parent / "compiler").glob("loop_nest*.py")]
+    files += [here.parent / "compiler" / name for name in ("index_expr.py", "region.py")]
+    total = hashlib.sha256()
+    for path in sorted(files):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def share_heads(graph: torch.fx.Graph) -> None:
+    """Attention on repeated key/value heads becomes attention on the heads themselves.
+
+    Models repeat each head for its group of query heads (unsqueeze, expand, reshape); the attention
+    kernel takes groups as they are, so the copies would only cost memory traffic.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.pagoda.sdpa.default):
+        query, key, value, *rest = node.args
+        sources = [_repeated(key), _repeated(value)]
+        if None not in sources:
+            node.args = (query, *sources, *rest)
+    graph.eliminate_dead_code()
+
+
+def _repeated(node: torch.fx.Node) -> torch.fx.Node | None:
+    """x, if the node is x [b, g, s, d] with each head repeated: [b, g * n, s, d]."""
+    result = node.meta["val"]
+    while node.target in (aten.view.default, aten.reshape.default, aten.clone.default,
+                          aten._unsafe_view.default):  # fmt: skip
+        node = node.args[0]
+    if node.target is not aten.expand.default:
+        return None
+    expanded, node = node, node.args[0]
+    while node.target in (aten.slice.Tensor, aten.clone.default):
+        if node.target is aten.slice.Tensor and node.meta["val"].shape != node.args[0].meta[
+            "val"
+        ].shape:
+            return None
+        node = node.args[0]
+    if node.target is not aten.unsqueeze.default or node.args[1] not in (2, -3):
+        return None
+    source = node.args[0]
+    wide, whole = expanded.meta["val"].shape, source.meta["val"].shape
+    if len(wide) != 5 or len(whole) != 4 or len(result.shape) != 4:
+        return None
+    same = (wide[0], wide[1], wide[3], wide[4]) == tuple(whole)
+    return source if same and result.shape[2:] == whole[2:] else None
