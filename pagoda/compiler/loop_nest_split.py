@@ -38,14 +38,14 @@ def split(nest: LoopNest) -> list[tuple[LoopNest, list[int], list[int]]]:
     each of its parameters and symbols. `[(nest, [0, 1, ...], [0, 1, ...])]` if nothing applies."""
     whole = _Piece(nest, list(range(len(nest.params))), list(range(len(nest.symbols))))
     done: list[_Piece] = []
-    waiting = [_unfold(whole)]
+    waiting = [whole]
     while waiting:
         piece = waiting.pop(0)
         parts = _cut(piece)
         if parts is None or len(done) + len(waiting) + len(parts) > MAX_PIECES:
-            done.append(piece)
+            done.append(_unfold(piece))
         else:
-            waiting[:0] = [_unfold(part) for part in parts]
+            waiting[:0] = parts
     done = [_squeeze(piece) for piece in done]
     return [(p.nest, p.params, p.symbols) for p in done]
 

@@ -155,7 +155,8 @@ def check_reads(st, bank):
     if bank == 8:
         return _read_tile(st, st[f + 1], _state_bytes(st[f] & 15), st[f + 3], st[f + 2], 1, 0)
     if bank == 9:
-        return _read_tile(st, st[f + 1], row_bytes(st[f] & 15, st[f + 4]), st[f + 3], st[f + 2], 1, 0)
+        row = row_bytes(st[f] & 15, st[f + 4])
+        return _read_tile(st, st[f + 1], row, st[f + 3], st[f + 2], 1, 0)
     return 0
 
 

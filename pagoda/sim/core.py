@@ -40,6 +40,7 @@ from pagoda.sim.layout import (
     CYCLE,
     DMEM_AT,
     DMEM_BYTES,
+    DRAM_BIT,
     E_BANK,
     E_CORE,
     E_DRAM_BYTES,
@@ -50,7 +51,6 @@ from pagoda.sim.layout import (
     E_PC,
     E_READ_BANKS,
     E_WRITE_BANKS,
-    DRAM_BIT,
     ENTRIES,
     ENTRY_WORDS,
     EXIT,
@@ -365,7 +365,7 @@ def run(st, sram, acc, scratch):
             cycles = 5
             address = np.int64(np.uint32(np.int64(a) + imm))
             offset = address - 0x10000000
-            if 0 <= offset and offset <= dmem_bytes - 4 and offset & 3 == 0:
+            if 0 <= offset <= dmem_bytes - 4 and offset & 3 == 0:
                 store_i32(x, rd, load_i32(dmem + offset, 0))
             else:
                 st[PC], st[CYCLE] = pc, t
@@ -380,7 +380,7 @@ def run(st, sram, acc, scratch):
             cycles = 5
             address = np.int64(np.uint32(np.int64(a) + imm))
             offset = address - 0x10000000
-            if 0 <= offset and offset <= dmem_bytes - 4 and offset & 3 == 0 and (
+            if 0 <= offset <= dmem_bytes - 4 and offset & 3 == 0 and (
                 offset >= stack_limit or (word >> 16) & 0xFF != 2
             ):
                 store_i32(dmem + offset, 0, b)
@@ -438,7 +438,7 @@ def run(st, sram, acc, scratch):
                 break
         elif operation == op.LUI:
             store_i32(x, rd, imm)
-        elif op.BNE <= operation and operation <= op.BGEU:
+        elif op.BNE <= operation <= op.BGEU:
             taken = False
             if operation == op.BNE:
                 taken = a != b
@@ -505,7 +505,7 @@ def run(st, sram, acc, scratch):
             store_i32(x, rd, a | b)
         elif operation == op.AND:
             store_i32(x, rd, a & b)
-        elif op.LB <= operation and operation <= op.LHU:
+        elif op.LB <= operation <= op.LHU:
             cycles = 5
             size = 1 if operation == op.LB or operation == op.LBU else 2
             address = np.int64(np.uint32(np.int64(a) + imm))
@@ -537,7 +537,7 @@ def run(st, sram, acc, scratch):
                 store_8(dmem + offset, 0, b)
             else:
                 store_16(dmem + offset, 0, b)
-        elif op.MUL <= operation and operation <= op.MULHU:
+        elif op.MUL <= operation <= op.MULHU:
             cycles = 6
             if operation == op.MUL:
                 store_i32(x, rd, np.int32(np.int64(a) * np.int64(b)))
@@ -548,7 +548,7 @@ def run(st, sram, acc, scratch):
             else:
                 product = np.uint64(np.uint32(a)) * np.uint64(np.uint32(b))
                 store_i32(x, rd, np.int32(product >> np.uint64(32)))
-        elif op.DIV <= operation and operation <= op.REMU:
+        elif op.DIV <= operation <= op.REMU:
             cycles = 40
             if operation == op.DIV or operation == op.REM:
                 result = _divide(operation, np.int64(a), np.int64(b))

@@ -147,7 +147,7 @@ def apply_unary(code, r, x, n, work):
     elif code == FROUND:
         for i in range(n):
             store_f32(r, i, canonical(round_even_f32(load_f32(x, i))))
-    elif EXP2 <= code and code <= SIN2PI:
+    elif EXP2 <= code <= SIN2PI:
         _apply_table(code, r, x, n, work)
     elif code == F2I:
         for i in range(n):
@@ -252,7 +252,7 @@ def apply_int(code, r, x, y, n):
 @jit
 def apply_binary(code, r, x, y, n):
     """Any function of two operands but fma and select; reversed ones swap x and y."""
-    if code == FRSUB or code == FRDIV or code == FGT or code == FGE or code == IRSUB:
+    if code in (FRSUB, FRDIV, FGT, FGE, IRSUB):
         if code == FRSUB:
             code = FSUB
         elif code == FRDIV:

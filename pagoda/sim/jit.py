@@ -10,6 +10,7 @@ SRAM, ACC, DMEM and DRAM. Every caller checks bounds first; nothing here does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -76,7 +77,7 @@ class _Locator:
 
 
 class _CacheImpl(CompileResultCacheImpl):
-    _locator_classes = [_Locator]
+    _locator_classes = (_Locator,)
 
 
 class _Cache(FunctionCache):
@@ -87,7 +88,11 @@ class _Cache(FunctionCache):
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # damaged or unreadable files: whatever unpickling may raise
+        except OSError:
+            return None
+        except Exception:  # noqa: BLE001 - damaged files: whatever unpickling may raise
+            with contextlib.suppress(OSError):
+                self.flush()
             return None
 
     def save_overload(self, sig, data):

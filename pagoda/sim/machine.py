@@ -8,6 +8,7 @@ neither their values nor their cycles depend on one another.
 from __future__ import annotations
 
 import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -314,8 +315,9 @@ def _lazy_memory(nbytes: int) -> NDArray[np.uint8]:
     """Zeroed memory that the host commits page by page, when it is first touched."""
     options = {}
     if hasattr(mmap, "MAP_ANONYMOUS"):
-        # Linux: no reservation, or a chip's DRAM larger than the host's memory is refused.
-        reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0)
+        # No reservation, or a chip's DRAM larger than the host's memory is refused.
+        linux = 0x4000 if sys.platform == "linux" else 0  # the module names it from 3.12 on
+        reserve_nothing = getattr(mmap, "MAP_NORESERVE", linux)
         options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     return np.frombuffer(mmap.mmap(-1, nbytes, **options), np.uint8)
 

@@ -21,7 +21,7 @@ _CANONICAL = np.float32(np.uint32(NAN).view(np.float32))
 @jit
 def canonical(value):
     """A result of arithmetic: every NaN is the one canonical NaN."""
-    return _CANONICAL if value != value else value
+    return _CANONICAL if np.isnan(value) else value
 
 
 @jit
@@ -34,19 +34,19 @@ def ordered(value):
 @jit
 def float_max(a, b):
     greater = a if ordered(a) >= ordered(b) else b
-    return _CANONICAL if (a != a) | (b != b) else greater
+    return _CANONICAL if np.isnan(a) | np.isnan(b) else greater
 
 
 @jit
 def float_min(a, b):
     smaller = a if ordered(a) <= ordered(b) else b
-    return _CANONICAL if (a != a) | (b != b) else smaller
+    return _CANONICAL if np.isnan(a) | np.isnan(b) else smaller
 
 
 @jit
 def float_to_int(value):
     """Toward zero, saturating; NaN is 0."""
-    if value != value:
+    if np.isnan(value):
         return np.int32(0)
     bounded = min(max(np.float64(value), -2147483648.0), 2147483647.0)
     return np.int32(bounded)
@@ -315,8 +315,8 @@ def sin2pi_result(pattern, y):
 @jit
 def argmax_prefers(value, index, other, other_index):
     """Whether (other, other_index) beats (value, index): NaN first, then size, then index."""
-    nan = value != value
-    other_nan = other != other
+    nan = np.isnan(value)
+    other_nan = np.isnan(other)
     better = (other_nan & (not nan)) if nan | other_nan else other > value
     tie = (nan & other_nan) | (value == other)
     return better | (tie & (other_index < index))

@@ -82,9 +82,9 @@ def _bank_free(st, e):
     free = 0
     for i in range(st[IN_FLIGHT]):
         o = entry_at(st, i)
-        if st[o + E_START] >= 0 and st[o + E_ENGINE] != st[e + E_ENGINE]:
-            if (st[o + E_READ_BANKS] & reads) | (st[o + E_WRITE_BANKS] & writes):
-                free = max(free, st[o + E_FINISH])
+        shared = (st[o + E_READ_BANKS] & reads) | (st[o + E_WRITE_BANKS] & writes)
+        if shared and st[o + E_START] >= 0 and st[o + E_ENGINE] != st[e + E_ENGINE]:
+            free = max(free, st[o + E_FINISH])
     return free
 
 

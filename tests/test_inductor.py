@@ -1,0 +1,210 @@
+"""torch.compile(backend="pagoda"): what becomes a region, and what the region computes."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from region_executor import HostExecutor
+
+import pagoda.pytorch
+from pagoda.compiler.loop_nest import LoopNest
+from pagoda.compiler.region import Region
+from pagoda.pytorch import device
+
+transformers = pytest.importorskip("transformers")
+P = "pagoda"
+
+
+@pytest.fixture(autouse=True)
+def executor():
+    """Runs regions on the host; puts back whatever the process used before."""
+    before = (device.state.executor, device.state.allocator)
+    host = HostExecutor()
+    pagoda.pytorch.use(executor=host)
+    torch.pagoda.reset_fallbacks()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+        yield host
+    device.state.executor, device.state.allocator = before
+
+
+def largest(executor: HostExecutor) -> Region:
+    return max(executor.regions.values(), key=lambda r: len(r.steps))
+
+
+def norm_and_softmax(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * w
+    return torch.softmax(y * 2 + x.sin(), -1)
+
+
+def test_reductions_over_the_same_rows_are_one_kernel(executor: HostExecutor) -> None:
+    compiled = torch.compile(norm_and_softmax, backend=P, dynamic=True)
+    for shape in ((3, 5, 8), (2, 7, 8)):
+        x, w = torch.randn(shape), torch.randn(8)
+        torch.testing.assert_close(compiled(x.to(P), w.to(P)).cpu(), norm_and_softmax(x, w))
+    (region,) = executor.regions.values()
+    ((kernel, count),) = region.kernels().items()
+    assert count == 1 and kernel.reduced == 1
+    assert [op for op in kernel.vocabulary() if op.startswith("reduce")] == [
+        "reduce.max",
+        "reduce.sum",
+    ]
+
+
+def test_linear_is_addmm(executor: HostExecutor) -> None:
+    linear = torch.nn.Linear(8, 4)
+    x = torch.randn(2, 3, 8)
+    expected = linear(x)
+    got = torch.compile(linear.to(P), backend=P)(x.to(P))
+    torch.testing.assert_close(got.cpu(), expected)
+    (region,) = executor.regions.values()
+    (step,) = region.steps
+    assert str(step.kernel) == "addmm(alpha=1, beta=1)"
+    out, bias, a, b = step.args
+    assert [str(s) for s in b.sizes] == ["8", "4"] and [str(s) for s in b.strides] == ["1", "8"]
+    assert [region.buffers[v.buffer].weight for v in (a, b)] == [False, True]
+
+
+def test_mutated_input_is_written_in_place() -> None:
+    def step(cache: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        cache[:, 1:3] = x
+        return cache.sum(-1)
+
+    cache, x = torch.zeros(2, 4), torch.randn(2, 2)
+    on_device = cache.to(P)
+    got = torch.compile(step, backend=P)(on_device, x.to(P))
+    torch.testing.assert_close(got.cpu(), step(cache, x))
+    torch.testing.assert_close(on_device.cpu(), cache)
+
+
+def llama(dtype: torch.dtype = torch.float32) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.mul_(4)  # so that logits differ by more than rounding
+    return model.to(dtype)
+
+
+def decode(model, forward, ids: torch.Tensor, tokens: list[int] | None, steps: int):
+    """Prefill, then steps of one token with a growing cache; follows `tokens` if given."""
+    cache = transformers.DynamicCache(config=model.config)
+    logits, chosen, x = [], [], ids
+    for step in range(steps):
+        last = forward(input_ids=x, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits.append(last.float().cpu())
+        chosen.append(int(last.argmax(-1).cpu()))
+        x = torch.tensor([[tokens[step] if tokens else chosen[-1]]]).to(ids.device)
+    return chosen, torch.cat(logits)
+
+
+def test_llama_decodes_as_on_the_cpu(executor: HostExecutor) -> None:
+    model = llama()
+    ids = torch.randint(0, 300, (1, 7))
+    expected, logits = decode(model, model, ids, None, 7)
+    model.to(P)
+    executor.regions.clear()
+    compiled = torch.compile(model, backend=P)
+    got, device_logits = decode(model, compiled, ids.to(P), None, 7)
+    assert got == expected
+    torch.testing.assert_close(device_logits, logits, rtol=1e-4, atol=1e-4)
+    assert torch.pagoda.fallbacks() == {}
+    models = [r for r in executor.regions.values() if len(r.steps) > 10]
+    assert len(models) == 3  # prefill, first token, every later token
+    for region in models:
+        assert pickle.loads(pickle.dumps(region)) == region
+        # Kernels are shared by the layers: their number does not grow with the model.
+        assert len([k for k in region.kernels() if isinstance(k, LoopNest)]) <= 12
+        assert set(region.vocabulary()) <= set(
+            "add cast.float32 constant cos div exp indexvalue indirect load mm mul neg reduce.sum "
+            "rsqrt sdpa sin store".split()
+        )
+
+
+def test_llama_bfloat16_is_nearer_than_torch_bfloat16() -> None:
+    ids = torch.randint(0, 300, (1, 7))
+    reference = llama(torch.bfloat16).float()
+    tokens, exact = decode(reference, reference, ids, None, 5)
+    model = llama(torch.bfloat16)
+    _, host = decode(model, model, ids, tokens, 5)
+    model.to(P)
+    _, chip = decode(model, torch.compile(model, backend=P), ids.to(P), tokens, 5)
+    assert (chip - exact).abs().mean() <= (host - exact).abs().mean() * 1.1
+
+
+def test_masked_attention_keeps_grouped_heads(executor: HostExecutor) -> None:
+    model = llama()
+    ids = torch.randint(3, 300, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = model(ids, attention_mask=mask).logits
+    compiled = torch.compile(model.to(P), backend=P)
+    got = compiled(ids.to(P), attention_mask=mask.to(P)).logits.cpu()
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[0, 3:], expected[0, 3:], rtol=1e-4, atol=1e-4)
+    calls = [s for s in largest(executor).steps if str(s.kernel).startswith("sdpa")]
+    assert [str(v.sizes[1]) for v in calls[0].args[1:4]] == ["4", "2", "2"]
+    assert calls[0].args[4].dtype == "bool"
+
+
+@pytest.mark.parametrize("how", ["eager", "compile", "wrapped"])
+def test_generate(how: str) -> None:
+    model = llama()
+    ids = torch.randint(3, 300, (1, 5))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": 299}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    model.to(P)
+    runner = model
+    if how == "compile":
+        model.compile(backend=P)
+    elif how == "wrapped":
+        runner = torch.compile(model, backend=P)
+    mask = torch.ones_like(ids).to(P)
+    assert torch.equal(runner.generate(ids.to(P), attention_mask=mask, **options).cpu(), expected)
+    assert torch.pagoda.fallbacks() == {}
+
+
+def test_model_on_the_cpu_is_refused() -> None:
+    compiled = torch.compile(torch.nn.Linear(2, 2), backend=P)
+    with pytest.raises(Exception) as error:
+        compiled(torch.ones(1, 2))
+    assert (
+        'torch.compile(..., backend="pagoda") compiles for device "pagoda", but the model or its '
+        'inputs are on the CPU. Call model.to("pagoda") first, and move the inputs with '
+        '.to("pagoda").'
+    ) in str(error.value)
+
+
+def test_unsupported_operation_is_named() -> None:
+    compiled = torch.compile(lambda x: torch.linalg.inv(x) + 1, backend=P)
+    with pytest.raises(Exception) as error:
+        compiled(torch.eye(3).to(P))
+    assert "operation linalg_inv_ex is not supported on device pagoda" in str(error.value)
+
+
+def test_describe(executor: HostExecutor) -> None:
+    torch.compile(lambda x: torch.relu(x) + 1, backend=P)(torch.randn(3, 4).to(P))
+    (region,) = executor.regions.values()
+    assert region.describe().split("\n", 1)[1] == """\
+  argument 0: arg0: float32[3, 4] strides [4, 1]
+  0: nest0(arg0: float32[3, 4] strides [4, 1]; buf0: float32[3, 4] strides [4, 1])  # add.Tensor, relu
+  result 0: buf0: float32[3, 4] strides [4, 1]
+
+nest0: loop_nest(p0: read float32, p1: write float32; )
+for i0 in 12:
+  %0 = load p0[i0] : float32
+  %1 = const 0.0 : float32
+  %2 = maximum %0 %1 : float32
+  %3 = const 1.0 : float32
+  %4 = add %2 %3 : float32
+  store p1[i0] = %4"""  # noqa: E501
