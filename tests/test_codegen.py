@@ -15,9 +15,10 @@ from test_tile_ir import row_sum
 
 from pagoda.compiler.builder import KernelBuilder
 from pagoda.compiler.cache import Cache
-from pagoda.compiler.command_ir import Go, SetField
+from pagoda.compiler.command_ir import Go, Issue, SetField
 from pagoda.compiler.compile import compile_kernel
 from pagoda.compiler.errors import CompileError, Location
+from pagoda.compiler.fields import hoist_fields
 from pagoda.compiler.link import (
     MAX_ARGUMENT_WORDS,
     TensorArgument,
@@ -27,10 +28,19 @@ from pagoda.compiler.link import (
     pack_records,
     record_bytes,
 )
-from pagoda.compiler.scalar import CoreCount, CoreId, Int, Variable, binary, minimum, select
+from pagoda.compiler.scalar import (
+    CoreCount,
+    CoreId,
+    Int,
+    Variable,
+    binary,
+    minimum,
+    select,
+    substitute,
+)
 from pagoda.compiler.schedule import Vector, pack_elementwise
 from pagoda.compiler.stages import STAGES, stage_text
-from pagoda.compiler.tile_ir import Column, Let, Read, Row, apply, splat, walk
+from pagoda.compiler.tile_ir import Column, For, If, Let, Read, Row, apply, splat, walk
 from pagoda.isa import numbers
 from pagoda.isa.accumulation import ReduceOp, finish, initial_state, reduce_row
 from pagoda.isa.chip import PRESETS
@@ -282,6 +292,77 @@ def test_invariant_fields_leave_the_loop():
     # load: offset, address, cols; reduce: src, cols, start
     assert len(written) == 6
     assert len([s for s in walk(inner.body) if isinstance(s, Go)]) == 2
+
+
+NAMES = ("i", "j", "k", "m")
+
+
+@st.composite
+def command_bodies(draw, depth=3):
+    """Random command IR: commands over a few fields, rebound names, loops, branches."""
+    value = st.one_of(
+        st.sampled_from(NAMES).map(Variable),
+        st.integers(0, 2).map(Int),
+        st.tuples(st.sampled_from(NAMES), st.integers(1, 2)).map(lambda t: Variable(t[0]) + t[1]),
+    )
+    body = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(("issue", "issue", "issue", "let", "for", "if")))
+        if kind in ("issue", "let") or depth == 0:
+            if kind == "let":
+                body.append(Let(draw(st.sampled_from(NAMES[2:])), draw(value)))
+            else:
+                words = tuple((word, draw(value)) for word in (1, 2, 3))
+                body.append(Issue(draw(st.integers(1, 2)), words, draw(value)))
+        elif kind == "for":
+            variable = draw(st.sampled_from(NAMES[:2]))
+            stop = draw(st.integers(0, 3).map(Int))
+            inside = draw(command_bodies(depth=depth - 1))
+            body.append(For(variable, Int(0), stop, Int(1), inside))
+        else:
+            branches = draw(command_bodies(depth=depth - 1)), draw(command_bodies(depth=depth - 1))
+            body.append(If(draw(value), *branches))
+    return tuple(body)
+
+
+def issued(body):
+    """Every command with the three fields it sees, in order; and the number of field writes."""
+    names, fields, seen, writes = dict.fromkeys(NAMES, 0), {}, [], 0
+
+    def value(scalar):
+        return substitute(scalar, {Variable(n): Int(v) for n, v in names.items()}).value
+
+    def run(body):
+        nonlocal writes
+        for s in body:
+            match s:
+                case Issue(bank, words, go):
+                    fields.update({(bank, word): value(v) for word, v in words})
+                    writes += len(words)
+                    seen.append((bank, value(go), *(fields[bank, w] for w in (1, 2, 3))))
+                case SetField(bank, word, new):
+                    fields[bank, word] = value(new)
+                    writes += 1
+                case Go(bank, go):
+                    seen.append((bank, value(go), *(fields[bank, w] for w in (1, 2, 3))))
+                case Let(name, new):
+                    names[name] = value(new)
+                case If(condition, then, otherwise):
+                    run(then if value(condition) else otherwise)
+                case For(variable, start, stop, step, inside):
+                    for n in range(value(start), value(stop), value(step)):
+                        names[variable] = n
+                        run(inside)
+
+    run(body)
+    return seen, writes
+
+
+@settings(max_examples=200)
+@given(command_bodies())
+def test_hoisting_changes_no_command(body):
+    before, after = issued(body), issued(hoist_fields(body))
+    assert before[0] == after[0]
 
 
 # Line table, linking, calls ----------------------------------------------------------------------

@@ -188,11 +188,17 @@ def test_unsupported_operation_is_named() -> None:
 
 def test_mixed_devices_are_refused() -> None:
     with pytest.raises(RuntimeError) as error:
-        torch.ones(2).to(P) + torch.ones(2)
+        eager.run(torch.ops.aten.add.Tensor, (torch.ones(2).to(P), torch.ones(2)), {})
     assert str(error.value) == (
         "an operation on device pagoda got a tensor of shape (2,) on device cpu; all tensors must "
         'be on device pagoda. Move it with .to("pagoda").'
     )
+
+
+def test_memory_survives_an_exception_in_flight() -> None:
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            torch.ones(2).to(P) + torch.ones(2)
 
 
 def test_missing_executor_is_named() -> None:

@@ -44,9 +44,8 @@ from pagoda.isa.commands import BANK_BYTES
 from pagoda.isa.memory_map import COMMAND_PORT, CORE_COUNT, CORE_ID, SRAM
 
 TRIPLE = "riscv32-unknown-elf"
-I32, I1 = ir.IntType(32), ir.IntType(1)
+I32 = ir.IntType(32)
 VOID = ir.VoidType()
-_COMPARE = ("<", "<=", ">", ">=", "==", "!=")
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,6 @@ class _KernelEmitter(FunctionEmitter):
     def _load_arguments(self, body: Body) -> dict[Scalar, ir.Value]:
         """Every argument word that is used, loaded once at the start."""
         used = {node for s in walk(body) for value in s.scalars() for node in value.walk()}
-        used |= {n for s in walk(body) for value in _extra_scalars(s) for n in value.walk()}
         arguments: dict[Scalar, ir.Value] = {}
         for index, (name, what, dim) in enumerate(self.kernel.words()):
             kinds = {"slot": Slot(name), "offset": Offset(name), "scalar": Argument(name)}
@@ -293,13 +291,6 @@ class _KernelEmitter(FunctionEmitter):
         if op == "%":
             return builder.add(remainder, builder.select(adjust, y, zero))
         return builder.sub(builder.sdiv(x, y), builder.zext(adjust, I32))
-
-
-def _extra_scalars(statement: Statement) -> tuple[Scalar, ...]:
-    """Scalars of command IR statements whose fields are not plain scalars."""
-    if isinstance(statement, LoadWord):
-        return (statement.address,)
-    return ()
 
 
 def emit_llvm(kernel: Kernel, body: Body) -> tuple[str, list[Location]]:

@@ -29,7 +29,7 @@ RESIDENT_BUFFERS = (7, 5, 4, 3, 2)
 STREAM_BUFFERS = (4, 3, 2)
 # A product seldom comes alone: its activations come from a chain of small kernels, which takes some
 # DRAM latencies. Plans are compared as if `a` were ready only then; b, the weights, at once.
-CHAIN_LATENCIES = 40
+CHAIN_LATENCIES = 12
 SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at least
 
 

@@ -1,15 +1,15 @@
 """Executables: a region compiled for one chip, as plain data that runs without torch or compiler.
 
-An `Executable` holds one program image, the calls to make on it in order, and the region's own
-description of its tensors. A call is the kernel's entry address and its argument words; a word is
-known, or depends on where a tensor lies (`SlotWord`, `OffsetWord`), or on a size (an `Expr` over
-the region's symbols). The runtime fills them in before each launch.
+An `Executable` is a list of launches. Each has a program image and the kernel calls to make on it
+in order: an entry address and argument words. A word is known, or depends on where a tensor lies
+(`SlotWord`, `OffsetWord`), or on a size (an `Expr` over the region's symbols). The runtime fills
+those in before a launch.
 """
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pagoda.compiler.index_expr import Expr
 from pagoda.compiler.region import Region
@@ -37,7 +37,7 @@ Word = int | Expr | SlotWord | OffsetWord
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: IMEM address, argument words, and what it came from, for messages."""
+    """One kernel call: its name, IMEM address, argument words, and what it came from."""
 
     kernel: str
     entry: int
@@ -46,31 +46,39 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Executable:
-    """See the module's docstring. `region.steps` is empty: the calls replace it.
+class PlannedLaunch:
+    """Calls that one program image serves."""
 
-    `lifetimes`: for each temporary buffer the first and last call that touches it.
+    program: Program
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Executable:
+    """See the module's docstring. `region.steps` is empty: the launches replace it.
+
+    A region is one launch unless its code exceeds the chip's IMEM.
     """
 
     region: Region
     chip: Chip
-    program: Program
-    calls: tuple[Call, ...]
-    lifetimes: tuple[tuple[int, int, int], ...]  # (buffer, first call, last call)
+    launches: tuple[PlannedLaunch, ...]
 
-    @staticmethod
-    def of(region: Region, chip: Chip, program: Program, calls: tuple[Call, ...]) -> Executable:
-        """An executable of `region`; works the lifetimes out from the calls' words."""
-        temporary = {k for k, b in enumerate(region.buffers) if b.kind == "temporary"}
+    def lifetimes(self) -> list[tuple[int, int, int]]:
+        """(temporary buffer, number of the first call that touches it, of the last)."""
         first: dict[int, int] = {}
         last: dict[int, int] = {}
+        calls = (call for launch in self.launches for call in launch.calls)
         for number, call in enumerate(calls):
             for word in call.words:
-                if isinstance(word, OffsetWord) and word.buffer in temporary:
+                if isinstance(word, OffsetWord):
                     first.setdefault(word.buffer, number)
                     last[word.buffer] = number
-        lifetimes = tuple((buffer, first[buffer], last[buffer]) for buffer in first)
-        return Executable(replace(region, steps=()), chip, program, calls, lifetimes)
+        return [
+            (buffer, first[buffer], last[buffer])
+            for buffer in first
+            if self.region.buffers[buffer].kind == "temporary"
+        ]
 
     def to_bytes(self) -> bytes:
         """For the disk cache; `from_bytes` of the same version of Pagoda reads it."""

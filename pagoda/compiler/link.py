@@ -91,6 +91,8 @@ def dispatcher_llvm(chip: Chip) -> str:
     fetch(next_offset, next_bytes, there)
     kernel = builder.inttoptr(target, ir.FunctionType(VOID, [I32]).as_pointer())
     builder.call(kernel, [builder.add(window, ir.Constant(I32, 4 * RECORD_HEADER_WORDS))])
+    if chip.cores > 1:  # the next kernel may read what another core has written
+        emitter.port(CONTROL_BANK, CONTROL["barrier"], 0)
     after = builder.block
     builder.branch(record)
     for phi, first, following in (
@@ -105,6 +107,11 @@ def dispatcher_llvm(chip: Chip) -> str:
     emitter.port(CONTROL_BANK, CONTROL["exit"], 0)
     builder.unreachable()
     return str(emitter.module)
+
+
+def dispatcher_bytes(chip: Chip) -> int:
+    """IMEM that the dispatcher takes; the rest is for kernels."""
+    return len(compile_blob(dispatcher_llvm(chip), []).code)
 
 
 def link(name: str, kernels: Sequence[tuple[str, Blob]], chip: Chip) -> LinkedProgram:

@@ -48,11 +48,20 @@ def storage(dtype: str, what: str) -> DType:
 
 class Frame:
     """max_rows, max_cols: extents of tiles; rows, cols: of the block being computed. bound: values
-    of dimensions: of loop variables, and where the block's rows and columns start."""
+    of dimensions: of loop variables, and where the block's rows and columns start. parallel: the
+    dimension whose blocks are dealt out to the cores."""
 
-    def __init__(self, builder: KernelBuilder, plan: Plan, max_rows: int, max_cols: int):
+    def __init__(
+        self,
+        builder: KernelBuilder,
+        plan: Plan,
+        parallel: int | None,
+        max_rows: int,
+        max_cols: int,
+    ):
         self.b = builder
         self.plan = plan
+        self.parallel = parallel
         self.max_rows, self.max_cols = max_rows, max_cols
         self.rows: Scalar = Int(max_rows)
         self.cols: Scalar = Int(max_cols)
@@ -134,8 +143,7 @@ class Frame:
         for dim in self.open:
             if dim not in dims:
                 condition = condition * self.bound[dim].eq(ZERO)
-        parallel = self.plan.parallel
-        if parallel is not None and parallel not in self.open:
+        if self.parallel is not None and self.parallel not in self.open:
             condition = condition * CoreId().eq(ZERO)
         return condition
 

@@ -42,12 +42,12 @@ from pagoda.compiler.loop_nest import (
 )
 from pagoda.compiler.nest_access import Accesses, window_of
 from pagoda.compiler.nest_frame import MAX_TREE, Frame, Value, tree_size
-from pagoda.compiler.nest_plan import COLUMN, Plan, plan, stages
+from pagoda.compiler.nest_plan import Plan, plan, stages
 from pagoda.compiler.nest_reduce import Reduction
 from pagoda.compiler.nest_simplify import simplify
 from pagoda.compiler.pointwise import bitcast, check_dtype, compose, convert, is_float
-from pagoda.compiler.scalar import ZERO, CoreCount, CoreId, Int, Scalar, minimum
-from pagoda.compiler.tile_ir import Kernel, Read, Tree, splat
+from pagoda.compiler.scalar import ZERO, CoreCount, CoreId, Int, minimum
+from pagoda.compiler.tile_ir import Kernel, Read, Splat, Tree, splat
 from pagoda.isa.numbers import DType
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -100,14 +100,16 @@ class _Lowering:
             cols = -(-cols // 64) * 64
         self.b.block("rows", rows)
         self.b.block("cols", cols)
-        self.frame = Frame(self.b, layout, rows, cols)
+        self.chunked = self._is_chunked(cols)
+        # One block of columns is no work to share out.
+        single = layout.parallel == layout.col and not self.chunked
+        self.frame = Frame(self.b, layout, None if single else layout.parallel, rows, cols)
         self.access = Accesses(self.frame, names)
         for name, param in zip(names, range(len(names)), strict=True):
             self.b.tensor(name, self.access.memory(param), 0)
         for symbol in nest.symbols:
             self.b.scalar(symbol)
         self.row_level = len(layout.loops) + 1
-        self.chunked = self._is_chunked(cols)
         self.dims = self.nest.dims_of()
         self.stage = stages(self.nest)
         self.levels = self._levels()
@@ -167,11 +169,8 @@ class _Lowering:
 
     def kernel(self) -> Kernel:
         with ExitStack() as stack:
-            alone = self.plan.parallel is None
-            alone = alone or (self.plan.parallel == self.plan.col and not self.chunked)
-            if alone:
+            if self.frame.parallel is None:
                 stack.enter_context(self.b.when(CoreId().eq(ZERO)))
-                self.plan = self.frame.plan = self.access.plan = _serial(self.plan)
             if self.plan.col is not None and not self.chunked:
                 self.frame.bound[self.plan.col] = ZERO
                 self.frame.cols = self.frame.scalar(self.nest.dims[self.plan.col])
@@ -194,7 +193,7 @@ class _Lowering:
     def _loop(self, dim: int, step: int) -> Iterator[None]:
         """Over a dimension in blocks, dealt out to the cores if it is the parallel one."""
         start, stride = ZERO, Int(step)
-        if dim == self.plan.parallel:
+        if dim == self.frame.parallel:
             start, stride = CoreId() * step, CoreCount() * step
         size = self.frame.scalar(self.nest.dims[dim])
         with self.b.loop(f"i{dim}", start, size, stride) as variable:
@@ -279,7 +278,7 @@ class _Lowering:
             case IndexValue(index, dtype):
                 tree = frame.index_tree(index, shape)
                 tree = convert(tree, "int64", dtype)
-                return Value(tree, None if not tree.children() and _constant(tree) else shape)
+                return Value(tree, None if isinstance(tree, Splat) else shape)
             case Indirect():
                 return self.access.indirect(number, op)
             case Pointwise(name, operands, dtype):
@@ -315,18 +314,3 @@ class _Lowering:
             if inline and same and self.levels[user] == self.levels[number]:
                 return value
         return Value(self.frame.keep(value.tree, value.shape), value.shape)
-
-
-def _constant(tree: Tree) -> bool:
-    from pagoda.compiler.tile_ir import Splat
-
-    return isinstance(tree, Splat)
-
-
-def _serial(layout: Plan) -> Plan:
-    from dataclasses import replace
-
-    return replace(layout, parallel=None, serial=True)
-
-
-__all__ = ["COLUMN", "Blocks", "LoweredNest", "Word", "lower"]

@@ -11,7 +11,7 @@ from pagoda.compiler.loop_nest import Reduce
 from pagoda.compiler.nest_frame import Frame, Value
 from pagoda.compiler.nest_plan import COLUMN, FULL, ROW
 from pagoda.compiler.pointwise import check_dtype, convert, is_float, wrapped
-from pagoda.compiler.scalar import ONE, ZERO, minimum
+from pagoda.compiler.scalar import ONE, ZERO, Scalar, minimum
 from pagoda.compiler.tile_ir import STATE_LANES, Read, Tile, Tree, View, apply, splat
 from pagoda.isa.numbers import DType
 
@@ -40,12 +40,8 @@ class Reduction:
         if self.product:
             self.b.elementwise(self.state, self._one(), self.frame.rows, STATE_LANES)
             return
-        source = self.state if self.function != "argmax" else self.b.tile(
-            DType.F32, self.frame.max_rows, STATE_LANES, name="none"
-        )
-        if source is self.state:
-            source = self.b.tile(self.state.dtype, self.frame.max_rows, 1, name="none")
-        self.b.reduce(self.function, self.state, source, self.frame.rows, 0, first=1)
+        # No columns: the source is not read.
+        self.b.reduce(self.function, self.state, self.state, self.frame.rows, 0, first=1)
 
     def add(self, value: Value) -> None:
         """The block's columns; they start at a multiple of 64."""
@@ -70,7 +66,7 @@ class Reduction:
             tree = apply("xor", tree, splat(-1))
         return self.frame.whole(tree, self.shape)
 
-    def _reduce(self, source: View, first, start) -> None:
+    def _reduce(self, source: View, first: Scalar, start: Scalar) -> None:
         rows, cols = self.frame.rows, self.frame.cols
         if not self.product:
             self.b.reduce(self.function, self.state, source, rows, cols, first=first, start=start)

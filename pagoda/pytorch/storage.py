@@ -2,8 +2,10 @@
 
 PyTorch lets no Python code register an allocator for its PrivateUse1 device. But a DLPack capsule
 of device type `kDLExtDev` becomes an ordinary strided tensor on that device, whose storage is the
-capsule's memory and whose last reference calls the capsule's deleter: that deleter is the
-allocator's `free`.
+capsule's memory and whose last reference calls the capsule's deleter. The capsule is numpy's, with
+the device type changed: numpy's deleter drops a reference to an array, which drops its owner, whose
+finalizer is the allocator's `free`. A deleter written in Python would not do: torch drops tensors
+also while an exception is on its way, and only finalizers leave that exception alone.
 """
 
 from __future__ import annotations
@@ -16,43 +18,11 @@ import torch
 from pagoda.compiler.region import Allocator
 
 _KDL_EXT_DEV = 12
-_KDL_UINT = 1
+_DEVICE_TYPE_OFFSET = ctypes.sizeof(ctypes.c_void_p)  # DLTensor: data, then the device's type
 
-
-class _Device(ctypes.Structure):
-    _fields_ = [("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
-
-
-class _DataType(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device", _Device),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _Managed(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
-_Managed._fields_ = [
-    ("dl_tensor", _Tensor),
-    ("manager_ctx", ctypes.c_void_p),
-    ("deleter", _Deleter),
-]
-
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class HostAllocator:
@@ -71,37 +41,39 @@ class HostAllocator:
         del self._live[pointer]
 
 
-# Address of each live capsule -> what must outlive it, and how to give its memory back.
-_live: dict[int, tuple[_Managed, object, object, Allocator | None, int]] = {}
+class _Memory:
+    """Owns a block of an allocator; numpy arrays over it keep it alive."""
 
+    live = 0
 
-@_Deleter
-def _release(managed: ctypes._Pointer) -> None:
-    entry = _live.pop(ctypes.addressof(managed.contents), None)
-    if entry is not None and entry[3] is not None:
-        entry[3].free(entry[4])
+    def __init__(self, nbytes: int, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._pointer = allocator.allocate(max(nbytes, 1))
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (self._pointer, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
+        _Memory.live += 1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pointer"):  # else `allocate` has raised
+            _Memory.live -= 1
+            self._allocator.free(self._pointer)
 
 
 def live_buffers() -> int:
     """Number of device storages alive (tests look for leaks)."""
-    return len(_live)
-
-
-def _wrap(pointer: int, nbytes: int, keep: object, allocator: Allocator | None) -> torch.Tensor:
-    managed = _Managed()
-    shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)
-    managed.dl_tensor = _Tensor(
-        pointer, _Device(_KDL_EXT_DEV, 0), 1, _DataType(_KDL_UINT, 8, 1), shape, strides, 0
-    )
-    managed.deleter = _release
-    address = ctypes.addressof(managed)
-    _live[address] = (managed, (shape, strides), keep, allocator, pointer)
-    return torch.utils.dlpack.from_dlpack(_new_capsule(address, b"dltensor", None))
+    return _Memory.live
 
 
 def device_bytes(nbytes: int, allocator: Allocator) -> torch.Tensor:
     """A one-dimensional uint8 tensor on the device that owns `nbytes` of new memory."""
-    return _wrap(allocator.allocate(max(nbytes, 1)), nbytes, None, allocator)
+    capsule = np.asarray(_Memory(nbytes, allocator)).__dlpack__()
+    managed = _capsule_pointer(capsule, b"dltensor")
+    ctypes.c_int32.from_address(managed + _DEVICE_TYPE_OFFSET).value = _KDL_EXT_DEV
+    return torch.utils.dlpack.from_dlpack(capsule)
 
 
 def host_alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Runs executables on a device: places tensors, fills the call list in, launches once.
+"""Runs executables on a device: places tensors, fills the call lists in, launches.
 
 What depends on the call (addresses, sizes) is a set of words in a prepared array, patched with
 numpy; nothing is interpreted per kernel on the host.
@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pagoda.compiler.executable import Executable, OffsetWord, SlotWord
+from pagoda.compiler.executable import Executable, OffsetWord, PlannedLaunch, SlotWord
 from pagoda.compiler.index_expr import Const, Expr
 from pagoda.compiler.link import argument_positions, launch_arguments, pack_records
 from pagoda.compiler.region import TensorArg
-from pagoda.isa import Result, Slot
+from pagoda.isa import Slot
 from pagoda.isa.program import MAX_SLOT_BYTES
 from pagoda.runtime.device import Device
 from pagoda.runtime.plan import plan_arena
 
 _CALL_LIST_SLOT = 0
+_WORD = 0xFFFFFFFF
 
 
 def _round_up(count: int) -> int:
@@ -26,41 +27,19 @@ def _round_up(count: int) -> int:
     return -(-count // step) * step
 
 
-class LoadedExecutable:
-    """An executable on a device: constants placed, call list allocated, ready to run.
+class _CallList:
+    """The call list of one planned launch, and where its words depend on the call."""
 
-    Raises OutOfDeviceMemory if constants or the call list do not fit.
-    """
-
-    def __init__(self, device: Device, executable: Executable) -> None:
-        assert executable.chip == device.chip, (executable.chip.name, device.chip.name)
-        self.device = device
-        self.executable = executable
-        self._buffers = executable.region.buffers
-        self._constants = {
-            number: device.place(np.frombuffer(buffer.data, np.uint8))
-            for number, buffer in enumerate(self._buffers)
-            if buffer.kind == "constant" and buffer.data is not None
-        }
-        self._prepare_words()
-        self._list_address = device.memory.allocate(self._words.nbytes)
-        self._arena = (0, 0)  # address, bytes
-        self._plans: dict[tuple[int, ...], tuple[list[int], int]] = {}
-        self._size_exprs = [
-            (self._buffers[buffer].size, self._buffers[buffer].itemsize)
-            for buffer, _, _ in executable.lifetimes
-        ]
-
-    def _prepare_words(self) -> None:
-        calls = self.executable.calls
-        blank = [(call.entry, [0] * len(call.words)) for call in calls]
+    def __init__(self, device: Device, launch: PlannedLaunch) -> None:
+        self.program = launch.program
+        blank = [(call.entry, [0] * len(call.words)) for call in launch.calls]
         self._words = pack_records(blank)
-        self._arguments = launch_arguments(_CALL_LIST_SLOT, 0, blank)
-        starts = argument_positions([len(call.words) for call in calls])
+        self.arguments = launch_arguments(_CALL_LIST_SLOT, 0, blank)
         slots: list[tuple[int, int]] = []
         offsets: list[tuple[int, int]] = []
         symbolic: dict[Expr, list[int]] = {}
-        for call, start in zip(calls, starts, strict=True):
+        starts = argument_positions([len(call.words) for call in launch.calls])
+        for call, start in zip(launch.calls, starts, strict=True):
             for position, word in enumerate(call.words, start):
                 if isinstance(word, SlotWord):
                     slots.append((position, word.buffer))
@@ -73,43 +52,76 @@ class LoadedExecutable:
                 if isinstance(word, Expr):
                     symbolic.setdefault(word, []).append(position)
                 else:
-                    self._words[position] = word & 0xFFFFFFFF
+                    self._words[position] = word & _WORD
         self._slot_words = _columns(slots)
         self._offset_words = _columns(offsets)
         self._symbolic = [(e, np.array(at, np.int64)) for e, at in symbolic.items()]
-        self._used = sorted({buffer for _, buffer in (*slots, *offsets)})
+        self.used = sorted({buffer for _, buffer in (*slots, *offsets)})
+        self.address = device.memory.allocate(self._words.nbytes)
+        self.slot = Slot(self.address, self._words.nbytes, writable=False)
+
+    def fill(
+        self, slot_of: np.ndarray, relative: np.ndarray, symbols: Mapping[str, int]
+    ) -> np.ndarray:
+        """The words of one call. relative: address of each buffer within its slot."""
+        words = self._words.copy()
+        positions, buffers = self._slot_words
+        words[positions] = slot_of[buffers]
+        positions, buffers = self._offset_words
+        words[positions] = relative[buffers]
+        for expression, at in self._symbolic:
+            words[at] += np.uint32(int(expression.evaluate(symbols)) & _WORD)
+        return words
+
+
+class LoadedExecutable:
+    """An executable on a device: constants placed, call lists allocated, ready to run.
+
+    Raises OutOfDeviceMemory if they do not fit.
+    """
+
+    def __init__(self, device: Device, executable: Executable) -> None:
+        assert executable.chip == device.chip, (executable.chip.name, device.chip.name)
+        self.device = device
+        self.executable = executable
+        self._buffers = executable.region.buffers
+        self._constants = {
+            number: device.place(np.frombuffer(buffer.data, np.uint8))
+            for number, buffer in enumerate(self._buffers)
+            if buffer.kind == "constant" and buffer.data is not None
+        }
+        self._lists = [_CallList(device, launch) for launch in executable.launches]
+        self._used = sorted({buffer for each in self._lists for buffer in each.used})
+        self._lifetimes = executable.lifetimes()
+        self._arena = (0, 0)  # address, bytes
+        self._plans: dict[tuple[int, ...], tuple[list[int], int]] = {}
 
     def run(
         self,
         inputs: Sequence[TensorArg | int],
         outputs: Sequence[TensorArg],
         symbols: Mapping[str, int],
-    ) -> Result:
-        """One launch. Raises DeviceFault, OutOfDeviceMemory."""
-        addresses = self._place(inputs, outputs, symbols)
-        slots, slot_of, base_of = self._slots(addresses, symbols)
-        words = self._words.copy()
-        positions, buffers = self._slot_words
-        words[positions] = slot_of[buffers]
-        positions, buffers = self._offset_words
-        relative = addresses[buffers] - base_of[buffers]
-        words[positions] += relative.astype(np.uint32)
-        for expression, at in self._symbolic:
-            words[at] += np.uint32(expression.evaluate(symbols) & 0xFFFFFFFF)
-        self.device.array(self._list_address, words.shape, np.uint32)[...] = words
-        call_list = Slot(self._list_address, words.nbytes, writable=False)
-        return self.device.launch(
-            self.executable.program,
-            self._arguments,
-            slots=(call_list, *slots),
-            tensor_at=lambda slot, offset: self._name(slot, offset, slots, addresses, symbols),
-        )
+    ) -> int:
+        """Run the launches; returns their cycles. Raises DeviceFault, OutOfDeviceMemory."""
+        sizes = [self._nbytes(number, symbols) for number in range(len(self._buffers))]
+        addresses = self._place(inputs, outputs, sizes)
+        slots, slot_of, base_of = self._slots(addresses, sizes)
+        relative = (addresses - base_of).astype(np.uint32)
+        cycles = 0
+        for each in self._lists:
+            words = each.fill(slot_of, relative, symbols)
+            self.device.array(each.address, words.shape, np.uint32)[...] = words
+            result = self.device.launch(
+                each.program,
+                each.arguments,
+                (each.slot, *slots),
+                lambda slot, offset: self._name(slot, offset, slots, addresses, sizes),
+            )
+            cycles += result.cycles
+        return cycles
 
     def _place(
-        self,
-        inputs: Sequence[TensorArg | int],
-        outputs: Sequence[TensorArg],
-        symbols: Mapping[str, int],
+        self, inputs: Sequence[TensorArg | int], outputs: Sequence[TensorArg], sizes: list[int]
     ) -> np.ndarray:
         """DRAM address per buffer."""
         region = self.executable.region
@@ -121,26 +133,21 @@ class LoadedExecutable:
             addresses[number] = self.device.address(given.pointer)
         for number, address in self._constants.items():
             addresses[number] = address
-        sizes = tuple(
-            _round_up(size.evaluate(symbols) * itemsize) for size, itemsize in self._size_exprs
-        )
-        if sizes not in self._plans:
-            lifetimes = self.executable.lifetimes
-            self._plans[sizes] = plan_arena(
-                [(n, first, last) for n, (_, first, last) in zip(sizes, lifetimes, strict=True)]
+        rounded = tuple(_round_up(sizes[buffer]) for buffer, _, _ in self._lifetimes)
+        if rounded not in self._plans:
+            self._plans[rounded] = plan_arena(
+                [(n, *life) for n, (_, *life) in zip(rounded, self._lifetimes, strict=True)]
             )
-        offsets, total = self._plans[sizes]
+        offsets, total = self._plans[rounded]
         if total > self._arena[1]:
-            if self._arena[1]:
-                self.device.memory.free(self._arena[0])
-            self._arena = (0, 0)
+            self._release_arena()
             self._arena = (self.device.memory.allocate(total), total)
-        for (buffer, _, _), offset in zip(self.executable.lifetimes, offsets, strict=True):
+        for (buffer, _, _), offset in zip(self._lifetimes, offsets, strict=True):
             addresses[buffer] = self._arena[0] + offset
         return addresses
 
     def _slots(
-        self, addresses: np.ndarray, symbols: Mapping[str, int]
+        self, addresses: np.ndarray, sizes: list[int]
     ) -> tuple[list[Slot], np.ndarray, np.ndarray]:
         """Slots that cover the used buffers: read-only ones apart, neighbours together."""
         slots: list[Slot] = []
@@ -149,20 +156,18 @@ class LoadedExecutable:
         for writable in (False, True):
             members = [n for n in self._used if self._writable(n) == writable]
             members.sort(key=lambda number: addresses[number])
-            group: list[int] = []
-            for number in [*members, None]:
-                if number is not None:
-                    end = addresses[number] + self._nbytes(number, symbols)
-                    if not group or end - _aligned(addresses[group[0]]) <= MAX_SLOT_BYTES:
-                        group.append(number)
-                        continue
-                if group:
-                    base = _aligned(addresses[group[0]])
-                    size = max(addresses[m] + self._nbytes(m, symbols) for m in group) - base
-                    slot_of[group] = _CALL_LIST_SLOT + 1 + len(slots)
-                    base_of[group] = base
-                    slots.append(Slot(int(base), int(size), writable=writable))
-                group = [] if number is None else [number]
+            groups: list[list[int]] = []
+            for number in members:
+                end = int(addresses[number]) + sizes[number]
+                if not groups or end - _aligned(addresses[groups[-1][0]]) > MAX_SLOT_BYTES:
+                    groups.append([])
+                groups[-1].append(number)
+            for group in groups:
+                base = _aligned(addresses[group[0]])
+                size = max(int(addresses[n]) + sizes[n] for n in group) - base
+                slot_of[group] = _CALL_LIST_SLOT + 1 + len(slots)
+                base_of[group] = base
+                slots.append(Slot(base, size, writable=writable))
         return slots, slot_of, base_of
 
     def _writable(self, number: int) -> bool:
@@ -171,7 +176,7 @@ class LoadedExecutable:
 
     def _nbytes(self, number: int, symbols: Mapping[str, int]) -> int:
         buffer = self._buffers[number]
-        return buffer.size.evaluate(symbols) * buffer.itemsize
+        return int(buffer.size.evaluate(symbols)) * buffer.itemsize
 
     def _name(
         self,
@@ -179,7 +184,7 @@ class LoadedExecutable:
         offset: int,
         slots: Sequence[Slot],
         addresses: np.ndarray,
-        symbols: Mapping[str, int],
+        sizes: list[int],
     ) -> str | None:
         """The tensor nearest below (slot, offset), for a fault's message."""
         if not 1 <= slot <= len(slots):
@@ -190,16 +195,18 @@ class LoadedExecutable:
             return None
         number = max(below, key=lambda n: addresses[n])
         inside = address - int(addresses[number])
-        size = self._nbytes(number, symbols)
-        return f"{self._buffers[number].name!r} ({size} bytes), byte {inside}"
+        return f"{self._buffers[number].name!r} ({sizes[number]} bytes), byte {inside}"
 
-    def unload(self) -> None:
-        """Give the device memory back."""
-        for address in (*self._constants.values(), self._list_address):
-            self.device.memory.free(address)
+    def _release_arena(self) -> None:
         if self._arena[1]:
             self.device.memory.free(self._arena[0])
-        self._constants, self._arena = {}, (0, 0)
+        self._arena = (0, 0)
+
+    def unload(self) -> None:
+        """Give the device memory back; the object must not be used any more."""
+        for address in (*self._constants.values(), *(each.address for each in self._lists)):
+            self.device.memory.free(address)
+        self._release_arena()
 
 
 def _columns(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -191,19 +191,18 @@ def _go(st, bank):
         cycle = space(st, cycle)
         if cycle > st[WATCHDOG]:
             return _out_of_time(st)
-    if kind != EMPTY:
-        if st[CHECKING]:
-            kind = check_reads(st, bank)
-            if kind > 0:
-                return _command_fault(st, bank, kind, cycle)
-            mark_writes(st, bank)
-            log_dram(st, bank, cycle)
-    _account(st, e)
+    if kind != EMPTY and st[CHECKING]:
+        kind = check_reads(st, bank)
+        if kind > 0:
+            return _command_fault(st, bank, kind, cycle)
+        mark_writes(st, bank)
+        log_dram(st, bank, cycle)
     st[e + E_CORE] = st[CORE_ID]
     st[e + E_INDEX] = st[COMMANDS]
     st[e + E_PC] = st[PC]
     st[e + E_BANK] = bank
     st[e + E_ENGINE] = ENGINES[bank]
+    _account(st, e)
     enter(st, number, cycle)
     st[COMMANDS] += 1
     st[CYCLE] = cycle + 1

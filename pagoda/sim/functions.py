@@ -94,31 +94,36 @@ def _apply_table(code, r, x, n, work):
             store_i64(work, i, exp2_index(np.int64(load_u32(x, i))))
         evaluate(EXP2_TABLE, work, n, 23)
         for i in range(n):
-            store_i32(r, i, np.int32(exp2_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+            y = load_i64(work, i)
+            store_i32(r, i, np.int32(exp2_result(np.int64(load_u32(x, i)), y)))
     elif code == LOG2:
         for i in range(n):
             store_i64(work, i, log2_index(np.int64(load_u32(x, i))))
         evaluate(LOG2_TABLE, work, n, 16)
         for i in range(n):
-            store_i32(r, i, np.int32(log2_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+            y = load_i64(work, i)
+            store_i32(r, i, np.int32(log2_result(np.int64(load_u32(x, i)), y)))
     elif code == RECIP:
         for i in range(n):
             store_i64(work, i, reciprocal_index(np.int64(load_u32(x, i))))
         evaluate(RECIPROCAL_TABLE, work, n, 15)
         for i in range(n):
-            store_i32(r, i, np.int32(reciprocal_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+            y = load_i64(work, i)
+            store_i32(r, i, np.int32(reciprocal_result(np.int64(load_u32(x, i)), y)))
     elif code == RSQRT:
         for i in range(n):
             store_i64(work, i, rsqrt_index(np.int64(load_u32(x, i))))
         evaluate(RSQRT_TABLE, work, n, 16)
         for i in range(n):
-            store_i32(r, i, np.int32(rsqrt_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+            y = load_i64(work, i)
+            store_i32(r, i, np.int32(rsqrt_result(np.int64(load_u32(x, i)), y)))
     elif code == SIN2PI:
         for i in range(n):
             store_i64(work, i, sin2pi_index(np.int64(load_u32(x, i))))
         evaluate(SIN2PI_TABLE, work, n, 21)
         for i in range(n):
-            store_i32(r, i, np.int32(sin2pi_result(np.int64(load_u32(x, i)), load_i64(work, i))))
+            y = load_i64(work, i)
+            store_i32(r, i, np.int32(sin2pi_result(np.int64(load_u32(x, i)), y)))
 
 
 @jit

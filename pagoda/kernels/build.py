@@ -1,0 +1,134 @@
+"""A region to an executable: every step to a kernel and its argument words, then one program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pagoda.compiler.cache import Cache
+from pagoda.compiler.codegen import Blob
+from pagoda.compiler.compile import compile_kernel
+from pagoda.compiler.errors import CompileError
+from pagoda.compiler.executable import (
+    Call,
+    Executable,
+    OffsetWord,
+    PlannedLaunch,
+    SlotWord,
+    Word,
+)
+from pagoda.compiler.index_expr import Expr
+from pagoda.compiler.link import dispatcher_bytes, link
+from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest
+from pagoda.compiler.nest_blocks import choose_blocks
+from pagoda.compiler.nest_lowering import lower
+from pagoda.compiler.region import KernelCall, Region, View
+from pagoda.compiler.tile_ir import Kernel
+from pagoda.isa.chip import Chip
+from pagoda.kernels.attention_call import attention_arguments, attention_for
+from pagoda.kernels.matmul_call import matmul_for
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A region's step as a kernel, not yet placed."""
+
+    kernel: Kernel
+    words: tuple[Word, ...]
+    origin: str
+
+
+def build(
+    region: Region, chip: Chip, symbols: Mapping[str, int], cache: Cache | None = None
+) -> Executable:
+    """The executable of a region for a chip.
+
+    symbols: sizes to choose tiles for; it runs, with the same bits, for any others. Raises
+    CompileError, naming the step, for what no kernel does.
+    """
+    steps = [_prepare(step, chip, symbols) for step in region.steps]
+    blobs: dict[Kernel, Blob] = {}
+    for step in steps:
+        if step.kernel not in blobs:
+            blobs[step.kernel] = compile_kernel(step.kernel, chip).blob(cache)
+    room = chip.imem_bytes - dispatcher_bytes(chip)
+    groups: list[list[_Step]] = []
+    resident: dict[Kernel, int] = {}
+    for step in steps:
+        size = len(blobs[step.kernel].code)
+        if not groups or sum(resident.values()) + size * (step.kernel not in resident) > room:
+            groups.append([])
+            resident = {}
+        resident[step.kernel] = size
+        groups[-1].append(step)
+    launches = tuple(_plan(region.name, group, blobs, chip) for group in groups)
+    return Executable(replace(region, steps=()), chip, launches)
+
+
+def _plan(
+    name: str, steps: list[_Step], blobs: Mapping[Kernel, Blob], chip: Chip
+) -> PlannedLaunch:
+    kernels = list(dict.fromkeys(step.kernel for step in steps))
+    linked = link(name, [(kernel.name, blobs[kernel]) for kernel in kernels], chip)
+    entries = dict(zip(kernels, linked.entries, strict=True))
+    calls = tuple(
+        Call(step.kernel.name, entries[step.kernel], step.words, step.origin) for step in steps
+    )
+    return PlannedLaunch(linked.program, calls)
+
+
+def _prepare(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
+    try:
+        if isinstance(step.kernel, LoopNest):
+            return _nest(step, chip, symbols)
+        if step.kernel.name == "sdpa":
+            kernel, blocks = attention_for(step, chip)
+            views, scalars = attention_arguments(step, blocks, cores=chip.cores)
+            return _Step(kernel, _words(kernel, views, scalars), step.origin)
+        if step.kernel.name in ("mm", "bmm", "addmm"):
+            kernel, views = matmul_for(step, chip, symbols)
+            return _Step(kernel, _words(kernel, views, {}), step.origin)
+    except CompileError as error:
+        error.add_note(f"in the step {step.origin or step.kernel}")
+        raise
+    raise CompileError(
+        f"step {step.origin!r}", "a step is a loop nest or a kernel of the library",
+        f"it is {step.kernel}", "write it with operations that the library has",
+    )  # fmt: skip
+
+
+def _nest(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
+    nest = step.kernel
+    given = dict(zip(nest.symbols, step.symbols, strict=True))
+    hints = {name: value.evaluate(symbols) for name, value in given.items()}
+    lowered = lower(nest, choose_blocks(nest, hints, chip), hints)
+    words: list[Word] = []
+    for word in lowered.words:
+        if word.what == "symbol":
+            words.append(given[nest.symbols[word.index]])
+            continue
+        view = step.args[word.index]
+        words.append(_place(view, word.what))
+    return _Step(lowered.kernel, tuple(words), step.origin)
+
+
+def _words(
+    kernel: Kernel, views: Mapping[str, View], scalars: Mapping[str, Expr]
+) -> tuple[Word, ...]:
+    words: list[Word] = []
+    for name, what, dim in kernel.words():
+        if what == "scalar":
+            words.append(scalars[name])
+        elif what == "size":
+            words.append(views[name].sizes[dim])
+        elif what == "stride":
+            words.append(views[name].strides[dim] * ITEMSIZE[views[name].dtype])
+        else:
+            words.append(_place(views[name], what))
+    return tuple(words)
+
+
+def _place(view: View, what: str) -> Word:
+    if what == "slot":
+        return SlotWord(view.buffer)
+    return OffsetWord(view.buffer, view.offset * ITEMSIZE[view.dtype])
