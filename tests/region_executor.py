@@ -70,13 +70,17 @@ def _library(step: KernelCall, out: torch.Tensor, *args: torch.Tensor | None) ->
         case "sdpa":
             q, k, v, mask = args
             groups = q.shape[1] // k.shape[1]
+            causal = attributes["causal"]
+            if causal == "lower right":
+                shape = (q.shape[2], k.shape[2])
+                mask = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
             out.copy_(
                 torch.nn.functional.scaled_dot_product_attention(
                     q.float(),
                     k.float().repeat_interleave(groups, 1),
                     v.float().repeat_interleave(groups, 1),
                     attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.float(),
-                    is_causal=attributes["causal"],
+                    is_causal=causal is True,
                     scale=attributes["scale"],
                 )
             )

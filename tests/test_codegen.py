@@ -28,6 +28,7 @@ from pagoda.compiler.link import (
     pack_records,
     record_bytes,
 )
+from pagoda.compiler.pipeline import pipeline
 from pagoda.compiler.scalar import (
     CoreCount,
     CoreId,
@@ -38,7 +39,7 @@ from pagoda.compiler.scalar import (
     select,
     substitute,
 )
-from pagoda.compiler.schedule import Vector, pack_elementwise
+from pagoda.compiler.schedule import Reserve, Vector, pack_elementwise
 from pagoda.compiler.stages import STAGES, stage_text
 from pagoda.compiler.tile_ir import Column, For, If, Let, Read, Row, apply, splat, walk
 from pagoda.isa import numbers
@@ -363,6 +364,68 @@ def issued(body):
 def test_hoisting_changes_no_command(body):
     before, after = issued(body), issued(hoist_fields(body))
     assert before[0] == after[0]
+
+
+# Loads ahead -------------------------------------------------------------------------------------
+
+
+def doubling_kernel(in_place, ahead, cols=32):
+    b = KernelBuilder("doubling")
+    x = b.tensor("x", DType.F32, 2)
+    out = x if in_place else b.tensor("out", DType.F32, 2)
+    with b.loop("i", 0, x.size(0), 4, ahead=ahead) as i:
+        rows = b.let("rows", minimum(4, x.size(0) - i))
+        with b.loop("j", 0, x.size(1), cols) as j:
+            width = b.let("width", minimum(cols, x.size(1) - j))
+            tile = b.tile(DType.F32, 4, cols)
+            b.load(tile, x.at(i, j), rows, width)
+            b.elementwise(tile, apply("fadd", Read(tile.view()), splat(1.0)), rows, width)
+            out_tile = b.tile(DType.F32, 4, cols)
+            twice = apply("fadd", Read(tile.view()), Read(tile.view()))
+            b.elementwise(out_tile, twice, rows, width)
+            b.store(out.at(i, j), out_tile, rows, width)
+    return b.build()
+
+
+def loads_only(ahead):
+    """Like `doubling_kernel`, but nothing writes the loaded tile: it may be loaded early."""
+    b = KernelBuilder("loads_only")
+    x, out = b.tensor("x", DType.F32, 2), b.tensor("out", DType.F32, 2)
+    with b.loop("i", 0, x.size(0), 4, ahead=ahead) as i:
+        rows = b.let("rows", minimum(4, x.size(0) - i))
+        with b.loop("j", 0, x.size(1), 32) as j:
+            width = b.let("width", minimum(32, x.size(1) - j))
+            tile, result = b.tile(DType.F32, 4, 32), b.tile(DType.F32, 4, 32)
+            b.load(tile, x.at(i, j), rows, width)
+            twice = apply("fadd", Read(tile.view()), Read(tile.view()))
+            b.elementwise(result, twice, rows, width)
+            b.store(out.at(i, j), result, rows, width)
+    return b.build()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 50])
+def test_loads_ahead_change_no_result(ahead):
+    """Whatever the distance, tails included; more than fits in SRAM is lowered."""
+    x, out = random((11, 70)), np.zeros((11, 70), np.float32)
+    run_kernel(TINY, loads_only(ahead), x=x, out=out)
+    assert np.array_equal(out, x + x)
+
+
+def test_which_loads_go_ahead():
+    def moved(kernel):
+        return [s.tile.name for s in pipeline(kernel, 9).walk() if isinstance(s, Reserve)]
+
+    assert moved(loads_only(2)) == ["t"]
+    assert moved(loads_only(0)) == []
+    assert moved(doubling_kernel(in_place=False, ahead=2)) == []  # the tile is written again
+    assert moved(doubling_kernel(in_place=True, ahead=2)) == []  # the tensor is stored to
+
+
+def test_loads_that_stay_behind_still_work():
+    x = random((11, 70))
+    expected = (x + 1) * 2
+    run_kernel(TINY, doubling_kernel(in_place=True, ahead=2), x=x)
+    assert np.array_equal(x, expected)
 
 
 # Line table, linking, calls ----------------------------------------------------------------------

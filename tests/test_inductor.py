@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -62,7 +63,7 @@ def test_linear_is_addmm(executor: HostExecutor) -> None:
     (region,) = executor.regions.values()
     (step,) = region.steps
     assert str(step.kernel) == "addmm(alpha=1, beta=1)"
-    out, bias, a, b = step.args
+    a, b = step.args[2:]
     assert [str(s) for s in b.sizes] == ["8", "4"] and [str(s) for s in b.strides] == ["1", "8"]
     assert [region.buffers[v.buffer].weight for v in (a, b)] == [False, True]
 
@@ -79,13 +80,13 @@ def test_mutated_input_is_written_in_place() -> None:
     torch.testing.assert_close(on_device.cpu(), cache)
 
 
-def llama(dtype: torch.dtype = torch.float32) -> transformers.LlamaForCausalLM:
+def llama(dtype: torch.dtype = torch.float32, layers: int = 2) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=300,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -96,26 +97,33 @@ def llama(dtype: torch.dtype = torch.float32) -> transformers.LlamaForCausalLM:
     return model.to(dtype)
 
 
-def decode(model, forward, ids: torch.Tensor, tokens: list[int] | None, steps: int):
-    """Prefill, then steps of one token with a growing cache; follows `tokens` if given."""
+# What a Llama is made of, once masks and divisions in indices are split away.
+VOCABULARY = {
+    "add", "cast.float32", "constant", "cos", "div", "exp", "indexvalue", "indirect", "load", "mm",
+    "mul", "neg", "reduce.sum", "rsqrt", "sdpa", "sin", "store",
+}  # fmt: skip
+
+
+def decode(model, forward, ids: torch.Tensor, steps: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and their logits: a prefill, then one token at a time, with a growing cache."""
     cache = transformers.DynamicCache(config=model.config)
     logits, chosen, x = [], [], ids
-    for step in range(steps):
+    for _ in range(steps):
         last = forward(input_ids=x, past_key_values=cache, use_cache=True).logits[:, -1]
         logits.append(last.float().cpu())
         chosen.append(int(last.argmax(-1).cpu()))
-        x = torch.tensor([[tokens[step] if tokens else chosen[-1]]]).to(ids.device)
+        x = torch.tensor([[chosen[-1]]]).to(ids.device)
     return chosen, torch.cat(logits)
 
 
 def test_llama_decodes_as_on_the_cpu(executor: HostExecutor) -> None:
     model = llama()
     ids = torch.randint(0, 300, (1, 7))
-    expected, logits = decode(model, model, ids, None, 7)
+    expected, logits = decode(model, model, ids, 6)
     model.to(P)
     executor.regions.clear()
     compiled = torch.compile(model, backend=P)
-    got, device_logits = decode(model, compiled, ids.to(P), None, 7)
+    got, device_logits = decode(model, compiled, ids.to(P), 6)
     assert got == expected
     torch.testing.assert_close(device_logits, logits, rtol=1e-4, atol=1e-4)
     assert torch.pagoda.fallbacks() == {}
@@ -125,21 +133,16 @@ def test_llama_decodes_as_on_the_cpu(executor: HostExecutor) -> None:
         assert pickle.loads(pickle.dumps(region)) == region
         # Kernels are shared by the layers: their number does not grow with the model.
         assert len([k for k in region.kernels() if isinstance(k, LoopNest)]) <= 12
-        assert set(region.vocabulary()) <= set(
-            "add cast.float32 constant cos div exp indexvalue indirect load mm mul neg reduce.sum "
-            "rsqrt sdpa sin store".split()
-        )
+        assert set(region.vocabulary()) <= VOCABULARY
 
 
-def test_llama_bfloat16_is_nearer_than_torch_bfloat16() -> None:
-    ids = torch.randint(0, 300, (1, 7))
-    reference = llama(torch.bfloat16).float()
-    tokens, exact = decode(reference, reference, ids, None, 5)
+def test_llama_bfloat16_is_as_near_as_torch_bfloat16() -> None:
     model = llama(torch.bfloat16)
-    _, host = decode(model, model, ids, tokens, 5)
-    model.to(P)
-    _, chip = decode(model, torch.compile(model, backend=P), ids.to(P), tokens, 5)
-    assert (chip - exact).abs().mean() <= (host - exact).abs().mean() * 1.1
+    ids = torch.randint(0, 300, (1, 16))
+    exact = copy.deepcopy(model).float()(ids).logits
+    host = model(ids).logits.float()
+    chip = torch.compile(model.to(P), backend=P)(ids.to(P)).logits.cpu().float()
+    assert (chip - exact).abs().mean() <= (host - exact).abs().mean()
 
 
 def test_masked_attention_keeps_grouped_heads(executor: HostExecutor) -> None:
@@ -157,18 +160,17 @@ def test_masked_attention_keeps_grouped_heads(executor: HostExecutor) -> None:
     assert calls[0].args[4].dtype == "bool"
 
 
-@pytest.mark.parametrize("how", ["eager", "compile", "wrapped"])
+@pytest.mark.parametrize("how", ["compile", "wrapped"])
 def test_generate(how: str) -> None:
-    model = llama()
+    """`torch.compile(model).generate` runs the uncompiled model, operation by operation."""
+    model = llama(layers=1)
     ids = torch.randint(3, 300, (1, 5))
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": 299}
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": 299}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     model.to(P)
-    runner = model
     if how == "compile":
         model.compile(backend=P)
-    elif how == "wrapped":
-        runner = torch.compile(model, backend=P)
+    runner = torch.compile(model, backend=P) if how == "wrapped" else model
     mask = torch.ones_like(ids).to(P)
     assert torch.equal(runner.generate(ids.to(P), attention_mask=mask, **options).cpu(), expected)
     assert torch.pagoda.fallbacks() == {}
@@ -195,16 +197,18 @@ def test_unsupported_operation_is_named() -> None:
 def test_describe(executor: HostExecutor) -> None:
     torch.compile(lambda x: torch.relu(x) + 1, backend=P)(torch.randn(3, 4).to(P))
     (region,) = executor.regions.values()
-    assert region.describe().split("\n", 1)[1] == """\
-  argument 0: arg0: float32[3, 4] strides [4, 1]
-  0: nest0(arg0: float32[3, 4] strides [4, 1]; buf0: float32[3, 4] strides [4, 1])  # add.Tensor, relu
-  result 0: buf0: float32[3, 4] strides [4, 1]
-
-nest0: loop_nest(p0: read float32, p1: write float32; )
-for i0 in 12:
-  %0 = load p0[i0] : float32
-  %1 = const 0.0 : float32
-  %2 = maximum %0 %1 : float32
-  %3 = const 1.0 : float32
-  %4 = add %2 %3 : float32
-  store p1[i0] = %4"""  # noqa: E501
+    tensor = "float32[3, 4] strides [4, 1]"
+    assert region.describe().splitlines()[1:] == [
+        f"  argument 0: arg0: {tensor}",
+        f"  0: nest0(arg0: {tensor}; buf0: {tensor})  # add.Tensor, relu",
+        f"  result 0: buf0: {tensor}",
+        "",
+        "nest0: loop_nest(p0: read float32, p1: write float32; )",
+        "for i0 in 12:",
+        "  %0 = load p0[i0] : float32",
+        "  %1 = const 0.0 : float32",
+        "  %2 = maximum %0 %1 : float32",
+        "  %3 = const 1.0 : float32",
+        "  %4 = add %2 %3 : float32",
+        "  store p1[i0] = %4",
+    ]

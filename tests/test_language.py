@@ -477,3 +477,22 @@ def test_parameters_need_types():
 def test_the_functions_mean_something_only_in_kernels():
     with pytest.raises(RuntimeError, match=r"^load\(\.\.\.\) means something only inside an @kern"):
         load(None)
+
+
+@kernel
+def shared_k(y: Tensor, a: Tensor, b: Tensor, *, N, BK):
+    """Each core its share of k; a core without one still has its zeros."""
+    i = full(N)
+    acc = zeros(i, i)
+    for k in core_tiles(a.size(1), BK):
+        acc += dot(load(a[i, k]), load(b[k, i]))
+    store(y[core_id(), i, i], acc)
+
+
+def test_a_product_whose_loop_may_be_empty():
+    a, b = random((4, 12)).astype(bfloat16), random((12, 4), 1).astype(bfloat16)
+    y = np.ones((4, 4, 4), np.float32)
+    types = {"y": TensorType.dynamic(DType.F32, 3), "a": BF16, "b": BF16}
+    run_kernel(CAR, shared_k.build(**types, N=4, BK=4), y=y, a=a, b=b)
+    np.testing.assert_allclose(y.sum(0), a.astype(np.float64) @ b.astype(np.float64), rtol=1e-5)
+    assert not y[3].any()

@@ -88,7 +88,7 @@ def rms_norm(names: tuple[str, str, str], size: str = "s3") -> tuple[LoopNest, l
 def test_text() -> None:
     nest, names, symbols = rms_norm(("x", "w", "y"))
     assert (names, symbols) == (["x", "w", "y"], ["s3"])
-    assert str(nest) == """\
+    expected = """\
 loop_nest(p0: read bfloat16, p1: read float32, p2: write bfloat16; n0)
 for i0 in n0, reduce i1 in 8:
   %0 = load p0[8*i0 + i1] : float32
@@ -103,6 +103,7 @@ for i0 in n0, reduce i1 in 8:
   %9 = mul %0 %7 : float32
   %10 = mul %9 %8 : float32
   store p2[8*i0 + i1] = %10"""
+    assert str(nest) == expected
 
 
 def test_names_do_not_matter() -> None:
@@ -237,11 +238,12 @@ def test_split_concatenation(n: int) -> None:
 def test_split_leaves_copies() -> None:
     pieces = [piece for piece, _, _ in split(concatenation())]
     assert [p.vocabulary() for p in pieces] == [["load", "store"], ["load", "store"]]
-    assert str(pieces[0]) == """\
+    expected = """\
 loop_nest(p0: read float32, p1: write float32; n0)
 for i0 in 2, i1 in n0, i2 in 4:
   %0 = load p0[4*i0*n0 + 4*i1 + i2] : float32
   store p1[12*i0 + 4*i0*n0 + 4*i1 + i2] = %0"""
+    assert str(pieces[0]) == expected
 
 
 @given(st.integers(1, 3))
@@ -263,7 +265,7 @@ def test_split_rotation(n: int) -> None:
 def test_split_unfolds_a_modulus() -> None:
     b = Builder([Const(24)])
     b.store("y", "float32", I0, b.load("x", "float32", I0 % 8 * 3 + I0 // 8))
-    (piece, _, _), = split(b.build()[0])
+    ((piece, _, _),) = split(b.build()[0])
     assert str(piece).splitlines()[1:] == [
         "for i0 in 3, i1 in 8:",
         "  %0 = load p0[i0 + 3*i1] : float32",

@@ -1,16 +1,19 @@
 """The matmul kernels: bits against the contract's order of accumulation, cycles, tile choice."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from compiler_support import bfloat16, run_calls, run_kernel
+from golden_text import check_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.compiler.cost import MatmulPlan, MatmulShape, choose_matmul, legal_plans
 from pagoda.compiler.errors import CompileError
 from pagoda.compiler.language import TensorType
+from pagoda.compiler.stages import stage_text
 from pagoda.isa.accumulation import matmul as reference_product
 from pagoda.isa.accumulation import matmul_i8
 from pagoda.isa.chip import PRESETS
@@ -130,6 +133,17 @@ def test_products_in_a_chain():
     assert np.array_equal(out, expected_product(middle, v, bfloat16))
 
 
+@pytest.mark.parametrize("stage", ["ir", "commands"])
+def test_stages_of_a_decode_product(stage):
+    operands = (
+        TensorType.dynamic(DType.BF16, 3),
+        TensorType(DType.BF16, (None, None, 576), (None, None, 2)),
+        TensorType.dynamic(DType.BF16, 3, -2),
+    )
+    kernel = build_matmul(EDGE, *operands, plan=MatmulPlan(True, 1, 96, 96, 7, 0))
+    check_golden(f"matmul_resident.{stage}.txt", stage_text(kernel, EDGE, stage))
+
+
 # Cycles ------------------------------------------------------------------------------------------
 
 
@@ -181,8 +195,6 @@ def test_the_choice_is_near_the_best_of_a_search(seed):
 
 def test_no_plan_fits():
     """A chip whose SRAM cannot hold two buffers of the smallest tiles."""
-    from dataclasses import replace
-
     small = replace(EDGE, name="small", sram_bytes=8192, sram_banks=8)
     message = (
         "^matmul 64 x 64 by 64 x 64: two buffers of the smallest tiles fit the SRAM of chip small, "

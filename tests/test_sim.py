@@ -1,12 +1,16 @@
 """The simulator by itself: the control core, faults, memory, the cache of compiled code."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,14 +305,11 @@ def test_races_are_found_by_byte():
     assert find_race([np.array([reader]), np.array([reader])]) is None
 
 
-SMALL_LAUNCH = """
-    import sys, time, warnings
-    from pagoda.isa.chip import PRESETS
-    from pagoda.isa.program import Launch, Program
-    from pagoda.sim import Simulator
-    from pagoda.sim.core import settle
+COMPILE = """
+    import warnings
     import numpy as np
     from pagoda.sim import layout
+    from pagoda.sim.core import settle
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         settle(np.zeros(layout.STATE_WORDS, np.int64))
@@ -327,15 +328,46 @@ def run_python(text, **environment):
 
 def test_compiled_code_is_kept_and_a_bad_cache_is_no_obstacle(tmp_path):
     cache = tmp_path / "cache"
-    assert run_python(SMALL_LAUNCH, PAGODA_CACHE_DIR=str(cache)) == ["[]", "0"]
-    assert run_python(SMALL_LAUNCH, PAGODA_CACHE_DIR=str(cache)) == ["[]", "1"]
+    assert run_python(COMPILE, PAGODA_CACHE_DIR=str(cache)) == ["[]", "0"]
+    assert run_python(COMPILE, PAGODA_CACHE_DIR=str(cache)) == ["[]", "1"]
     for kept in (cache / "sim").iterdir():
         kept.write_bytes(b"damaged")
-    assert run_python(SMALL_LAUNCH, PAGODA_CACHE_DIR=str(cache)) == ["[]", "0"]
+    assert run_python(COMPILE, PAGODA_CACHE_DIR=str(cache)) == ["[]", "0"]
     (tmp_path / "file").write_text("no folder can be made in here")
-    warned, hits = run_python(SMALL_LAUNCH, PAGODA_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    warned, hits = run_python(COMPILE, PAGODA_CACHE_DIR=str(tmp_path / "file" / "cache"))
     assert "every start will compile again" in warned
     assert hits == "0"
+
+
+@pytest.mark.parametrize("edited", ["sim/transfer.py", "isa/tables.py"])
+def test_an_edited_source_makes_the_cache_stale(tmp_path, edited):
+    package = tmp_path / "pagoda"
+    for folder in ("", "isa", "sim"):
+        (package / folder).mkdir()
+        for source in Path("pagoda", folder).glob("*.py"):
+            shutil.copy(source, package / folder)
+    stamp = """
+        from pagoda.sim.jit import source_stamp
+        print(source_stamp())
+    """
+    (before,) = run_python(stamp, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    (again,) = run_python(stamp, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert again == before
+    (package / edited).write_text((package / edited).read_text() + "# edited")
+    (after,) = run_python(stamp, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert after != before
+
+
+def test_ctrl_c_ends_a_long_launch_and_the_simulator_lives_on():
+    simulator = Simulator(SMALL)
+    endless = Program("test", assemble(("jal", {"rd": 0, "offset": 0})))
+    simulator.start(Launch(endless))
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        simulator.wait()
+    simulator.start(Launch(program()))
+    assert simulator.wait().fault is None
 
 
 def test_no_warning_in_an_ordinary_launch():

@@ -1,15 +1,18 @@
 """The simulator against the definition: bits, cycles, faults, counters and traces are equal."""
 
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
-from command_programs import programs
+from command_programs import CORE_STEP, Assembler, CommandProgram, programs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pagoda.isa.chip import PRESETS
 from pagoda.isa.definition import Definition
+from pagoda.isa.fault import FaultKind
+from pagoda.isa.program import Launch, Slot
 from pagoda.sim import Simulator
 
 DRAM_BYTES = 1 << 20
@@ -24,7 +27,7 @@ CHIPS = {chip.name: chip for chip in (TINY, ODD, TWO)}
 
 
 def compare(chip, launches, *, checking=False):
-    """Run launches one after another on both machines and compare everything."""
+    """Run launches on both machines and compare everything; the kind of the last fault."""
     definition = Definition(chip, trace=True, checking=checking)
     simulator = Simulator(chip, trace=True, checking=checking)
     for number, launch in enumerate(launches):
@@ -47,6 +50,7 @@ def compare(chip, launches, *, checking=False):
             assert np.array_equal(ours.sram, theirs.local[0])
             assert np.array_equal(ours.acc, theirs.local[1])
             assert np.array_equal(ours.dmem, theirs.dmem)
+    return None if expected.fault is None else expected.fault.kind
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -73,3 +77,39 @@ def test_checking_mode(name, data):
 @given(data=st.data())
 def test_memories_keep_their_contents_between_launches(data):
     compare(TINY, [data.draw(programs(TINY, 2)) for _ in range(2)])
+
+
+def racing_program(random):
+    """Two cores that load, store, gather and scatter bytes near each other's.
+
+    What core 0 sees at an offset of slot 1, core 1 may see CORE_STEP further in slot 0.
+    """
+    assembler = Assembler()
+    assembler.prepare_core_offset()
+    assembler.command(
+        "iota", dst=0, dst_stride=64, rows=16, cols=16, start=0, row_step=0, col_step=1
+    )
+    for _ in range(random.randrange(2, 9)):
+        name = random.choice(["load", "store", "gather", "scatter"])
+        per_core = random.random() < 0.7
+        slot = random.choice([0, 1]) if per_core else 2
+        fields = {"slot": slot, "mem": 3, "local": 3, "cols": random.randrange(1, 6)}
+        fields |= {"offset": random.randrange(256), "rows": random.randrange(1, 5)}
+        fields |= {"row_stride": 16, "mem_row_stride": random.choice([5, 8, 19])}
+        fields |= {"address": 2048 if name in ("load", "gather") else 0}
+        if name in ("load", "store"):
+            fields |= {"planes": random.choice([1, 1, 2]), "plane_stride": 64}
+            fields |= {"mem_plane_stride": random.choice([80, 96])}
+        else:
+            fields |= {"indices": 0}
+        assembler.command(name, per_core, **fields)
+        if random.random() < 0.15:
+            assembler.control("barrier")
+    assembler.control("exit")
+    slots = (Slot(0, 4 * CORE_STEP), Slot(CORE_STEP, 4 * CORE_STEP), Slot(0, CORE_STEP))
+    return CommandProgram(Launch(assembler.program(), slots=slots), bytes(64), ())
+
+
+def test_races():
+    kinds = {compare(TWO, [racing_program(Random(s))], checking=True) for s in range(60)}
+    assert kinds == {None, FaultKind.RACE}

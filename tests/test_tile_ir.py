@@ -249,3 +249,28 @@ def test_operations_no_command_can_do(emit, message):
     emit(b, x, tiles)
     with pytest.raises(CompileError, match=f"^{re.escape('k.py:9:5: ' + message)}$"):
         compile_kernel(b.build(), TINY)
+
+
+def test_a_matrix_type_the_chip_lacks():
+    b = KernelBuilder("k", Location("k.py", 1))
+    a, acc = b.tile(DType.BF16, 8, 8), b.tile(DType.F32, 8, 8, memory="acc")
+    b.location = Location("k.py", 5)
+    b.dot(acc, a, a, 8, 8, 8)
+    message = (
+        "k.py:5: dot: the matrix engine of chip tiny8 multiplies int8, but the operands are bf16; "
+        "convert them, or use another chip"
+    )
+    with pytest.raises(CompileError, match=f"^{re.escape(message)}$"):
+        compile_kernel(b.build(), PRESETS["tiny8"])
+
+
+def test_more_arguments_than_a_record_holds():
+    b = KernelBuilder("wide", Location("k.py", 1))
+    for number in range(22):
+        b.tensor(f"t{number}", DType.F32, 2)
+    message = (
+        "k.py:1: kernel wide: a call has at most 126 argument words, but its 22 tensors and 0 "
+        "scalars take 132; fix sizes or strides at compile time, or split the kernel"
+    )
+    with pytest.raises(CompileError, match=f"^{re.escape(message)}$"):
+        compile_kernel(b.build(), EDGE)

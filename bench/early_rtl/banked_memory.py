@@ -6,7 +6,7 @@ bank ports of that side; two of them in one bank in one cycle are a conflict, wh
 must make impossible: `conflict` reports it.
 """
 
-from amaranth.hdl import *
+from amaranth.hdl import Array, Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out

@@ -12,13 +12,13 @@ import ctypes
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 from amaranth.back import verilog
 from check_matrix import expected, operand_bits, random_matmul
-from dma_model import Port, atom_ends, chunk_ends, load_end, rows_of, store_end
+from dma_model import Port, atom_ends, chunk_ends, load_end, paced, rows_of, store_end
 from engines_top import EnginesTop
 from verilate import BUILD, HERE, build
 
@@ -45,10 +45,39 @@ class Times(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int32) for n in ("presented", "entry", "start", "free", "finish")]
 
 
-def library(chip) -> ctypes.CDLL:
+@dataclass(frozen=True)
+class Paced(timing.Duration):
+    """The proposal: at least `pace` cycles from the first atom slot to `free`."""
+
+    pace: int = 0
+
+    def occupancy_from(self, chip, start: int) -> int:
+        slot = timing.dram_slot_cycle(chip, timing.first_dram_slot(chip, start))
+        return max(super().occupancy_from(chip, start), slot - start + self.pace)
+
+
+def tails(chip, proposal: bool) -> dict[int, int]:
+    """By engine: load, store, matrix."""
+    load = store = chip.dram_latency + 8
+    if proposal:
+        atom = math.ceil(64 / chip.dram_share)
+        load = chip.dram_latency + 8 + atom
+        store = 12 + atom + 2 * 64 // chip.port_bytes  # F32 -> BF16 reads 128 bytes an atom
+    return {0: load, 1: store, 2: chip.psum_latency + 4}
+
+
+def pace(chip, name, f) -> int:
+    touched = access(name, f)
+    rows, _ = rows_of(touched.dram.loops, touched.dram.row_bytes)
+    local = timing.duration(chip, touched).occupancy
+    return paced(len(rows), touched.atoms(), local, 64 / chip.dram_share)
+
+
+def library(chip, proposal: bool) -> ctypes.CDLL:
     BUILD.mkdir(exist_ok=True)
-    source = BUILD / f"engines_top_{chip.rows}x{chip.cols}_{chip.dram_latency}.v"
-    source.write_text(verilog.convert(EnginesTop(chip), name="engines_top", emit_src=False))
+    source = BUILD / f"engines_top_{chip.rows}x{chip.cols}_{chip.dram_latency}_{proposal}.v"
+    top = EnginesTop(chip, tails(chip, proposal))
+    source.write_text(verilog.convert(top, name="engines_top", emit_src=False))
     return build("engines_top", [source], HERE / "engines_bench.cpp")
 
 
@@ -107,39 +136,43 @@ def drift_jobs() -> list[tuple[str, dict[str, int]]]:
     return [("load", load), ("store", store)]
 
 
-def script(rng, jobs) -> list[Store]:
+def script(rng, jobs, paces) -> list[Store]:
     """Field writes at least 5 cycles apart, as an in-order core would send them."""
     out = []
-    for name, f in jobs:
-        stores = encode(name, **{k: v for k, v in f.items()})
+    for (name, f), cycles in zip(jobs, paces, strict=True):
+        stores = encode(name, **f)
+        if name != "matmul":
+            stores = [(15, cycles), *stores]
         for word, value in stores:
             delay = 5 + rng.choice((0, 0, 0, 3, 20)) * rng.randint(0, 2)
             out.append(Store(delay, COMMANDS[name].bank, word, value & 0xFFFFFFFF))
     return out
 
 
-def fast_script(rng, jobs) -> list[Store]:
+def fast_script(rng, jobs, paces) -> list[Store]:
     """Fields one a cycle and gos hard on one another, so that the window fills up."""
-    stores = script(rng, jobs)
+    stores = script(rng, jobs, paces)
     for s in stores:
         s.delay = 1
     return stores
 
 
-def predict(chip, jobs, stores) -> list[Entry]:
+def predict(chip, jobs, stores, paces, tail_of) -> list[Entry]:
     window, now, entries = Window(chip), 0, []
-    which = iter(jobs)
+    which = iter(zip(jobs, paces, strict=True))
     for s in stores:
         now += s.delay
         if s.word != 0:
             continue
-        name, f = next(which)
+        (name, f), cycles = next(which)
         touched = access(name, f)
         base = BASES[f["slot"]] if name != "matmul" else 0
         reads, writes = touched.ranges(base)
         read_ports, write_ports = touched.ports(chip)
-        entry = Entry(len(entries), COMMANDS[name].engine, timing.duration(chip, touched), reads,
-                      writes, read_ports, write_ports)
+        engine, duration = COMMANDS[name].engine, timing.duration(chip, touched)
+        tail = tail_of[("load", "store", "matrix").index(engine)]
+        duration = Paced(duration.occupancy, tail, duration.atoms, cycles)
+        entry = Entry(len(entries), engine, duration, reads, writes, read_ports, write_ports)
         now = window.space(now)
         window.enter(entry, now)
         entries.append(entry)
@@ -174,11 +207,12 @@ def main() -> None:
     parser.add_argument("--bandwidth", default="16", help="DRAM bytes per cycle, at most 64")
     parser.add_argument("--latency", type=int, default=20)
     parser.add_argument("--drift", action="store_true", help="only the load that comes too late")
+    parser.add_argument("--proposal", action="store_true", help="the corrected DMA formulas")
     options = parser.parse_args()
     rng, bits = random.Random(7), np.random.default_rng(7)
     chip = replace(PRESETS["tiny"], dram_bytes_per_cycle=Fraction(options.bandwidth),
                    dram_latency=options.latency)
-    lib = library(chip)
+    lib = library(chip, options.proposal)
     phase = (64 / chip.dram_share).numerator
     tally: dict[str, Counter] = {}
 
@@ -198,7 +232,9 @@ def main() -> None:
             f = random_matmul(rng, chip) if name == "matmul" else random_transfer(rng, chip, name)
             if f is not None and all(v != 0 for k, v in f.items() if k == "n"):
                 jobs.append((name, f))
-        stores = (script if rng.random() < 0.5 else fast_script)(rng, jobs)
+        paces = [pace(chip, name, f) if options.proposal and name != "matmul" else 0
+                 for name, f in jobs]
+        stores = (script if rng.random() < 0.5 else fast_script)(rng, jobs, paces)
         mode = rng.choice(("normal", "cancel", "tiny"))
         sram, acc, dram = (operand_bits(bits, size // 2, mode).view(np.uint8)
                            for size in (chip.sram_bytes, chip.acc_bytes, DRAM_BYTES))
@@ -218,11 +254,11 @@ def main() -> None:
             len(jobs), chip.dram_latency, chip.port_bytes, phase, pointers, counts, 100000)
         total += len(jobs)
         note("conflicting or unfinished runs", min(conflicts, 1))
-        same = [np.array_equal(g, w) for g, w in zip(got, want)]
+        same = [np.array_equal(g, w) for g, w in zip(got, want, strict=True)]
         note("bits right (SRAM, ACC, DRAM)", tuple(same))
-        predicted = predict(chip, jobs, stores)
+        predicted = predict(chip, jobs, stores, paces, tails(chip, options.proposal))
         right = True
-        for (name, f), t, p in zip(jobs, times, predicted):
+        for t, p in zip(times, predicted, strict=True):
             for what in ("entry", "start", "free", "finish"):
                 difference = getattr(t, what) - getattr(p, what)
                 note(f"{what}: RTL - contract", difference)
@@ -230,7 +266,7 @@ def main() -> None:
         if (not right or not all(same)) and shown < 2:
             shown += 1
             print("sequence differs", same, conflicts)
-            for (name, f), t, p in zip(jobs, times, predicted):
+            for (name, f), t, p in zip(jobs, times, predicted, strict=True):
                 print(f"  {name:6} RTL {t.entry, t.start, t.free, t.finish} contract "
                       f"{p.entry, p.start, p.free, p.finish} {p.duration} {f}")
         # Attribute the real events: every engine works in the order of its starts.

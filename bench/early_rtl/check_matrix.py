@@ -133,13 +133,14 @@ def main() -> None:
         batch, times = (Job * len(jobs))(), (Times * len(jobs))()
         want = acc.copy()
         last_acc = []
-        for job, f in zip(batch, jobs):
+        for job, f in zip(batch, jobs, strict=True):
             job.word[:] = words(f)
             touched = access("matmul", f)
             job.shared = timing._share_bank(chip, touched)
             hull = touched.tile("acc").hull
             # what the window would do: wait for an older writer of the same sums
-            job.gap = D + 4 if any(hull.overlaps(h) for h in last_acc) else rng.choice((0, 0, 3))
+            late = any(hull.overlaps(h) for h in last_acc)
+            job.gap = D + 4 if late else rng.choice((0, 0, 3))
             last_acc.append(hull)
             expected(f, sram, want)
         lib.run(batch, times, len(jobs), 2 * D + 20)
@@ -150,10 +151,10 @@ def main() -> None:
             wrong[mode] += 1
             if sum(wrong.values()) <= 3:
                 bad = np.flatnonzero((got != want).reshape(-1, 4).any(1))
-                print("bits differ", mode, alone, [(f, j.gap) for f, j in zip(jobs, batch)], len(bad),
+                print("bits differ", mode, alone, jobs, [job.gap for job in batch], len(bad),
                       [(int(i) * 4, hex(got.view(np.uint32)[i]), hex(want.view(np.uint32)[i]))
                        for i in bad[:4]])
-        for f, t in zip(jobs, times):
+        for f, t in zip(jobs, times, strict=True):
             touched = access("matmul", f)
             duration = timing.duration(chip, touched)
             seen["occupancy - formula"][t.free - t.start - duration.occupancy] += 1

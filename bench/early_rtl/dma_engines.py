@@ -6,11 +6,10 @@ The real writer of a load and the real reader and sender of a store run behind, 
 queued in FIFOs, and are late by their registers and by what the streams make them wait.
 """
 
-from amaranth.hdl import *
+from amaranth.hdl import C, Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
-
 from banked_memory import ReadPort, WritePort
 
 ATOM = 64
@@ -18,7 +17,8 @@ ATOM = 64
 Side = data.StructLayout({  # rows in one memory, after merging
     "base": 32, "row_bytes": 32, "rows": 32, "row_stride": 32, "planes": 32, "plane_stride": 32,
 })
-Transfer = data.StructLayout({"mem": Side, "local": Side, "convert": 1})
+# pace: cycles from the first atom slot to `free`, at least (the proposal of FINDINGS.md); 0: none
+Transfer = data.StructLayout({"mem": Side, "local": Side, "convert": 1, "pace": 32})
 
 
 class SlotTimer(wiring.Component):
@@ -91,13 +91,19 @@ def accounting(m: Module, engine, transfer: Signal, port_bytes: int) -> PieceWal
     atoms = m.submodules.atoms = PieceWalker(ATOM, True)
     chunks = m.submodules.chunks = PieceWalker(port_bytes, False)
     late_slot, busy, data_done = Signal(), Signal(), Signal()
+    begun, left = Signal(), Signal(32)
+    with m.If(engine.start):
+        m.d.sync += [begun.eq(engine.slot), left.eq(Mux(
+            engine.slot & (transfer.pace != 0), transfer.pace - 1, transfer.pace))]
+    with m.Elif(begun | engine.slot):
+        m.d.sync += [begun.eq(1), left.eq(Mux(left == 0, 0, left - 1))]
     m.d.sync += late_slot.eq(engine.slot)
     issued = ~atoms.active | (atoms.last & late_slot)
     m.d.comb += [
         atoms.go.eq(engine.start), atoms.side.eq(transfer.mem), atoms.step.eq(late_slot),
         chunks.go.eq(engine.start), chunks.side.eq(transfer.local), chunks.step.eq(1),
         engine.free.eq(~busy | ((data_done | (engine.slot & issued))
-                                & (~chunks.active | chunks.last))),
+                                & (~chunks.active | chunks.last) & (left == 0))),
     ]
     with m.If(busy & engine.slot & issued):
         m.d.sync += data_done.eq(1)

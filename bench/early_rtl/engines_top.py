@@ -1,9 +1,8 @@
 """Window, three engines, SRAM and ACC; outside are the control core's stores and the DRAM."""
 
-from amaranth.hdl import *
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect
-
 from banked_memory import BankedMemory
 from dma_engines import ATOM, LoadEngine, SlotTimer, StoreEngine
 from matrix_engine import MatrixEngine
@@ -11,8 +10,8 @@ from window_unit import LOAD, MATRIX, SLOTS, STORE, WindowUnit
 
 
 class EnginesTop(wiring.Component):
-    def __init__(self, chip):
-        self.chip = chip
+    def __init__(self, chip, tails: dict[int, int]):
+        self.chip, self.tails = chip, tails
         P, W = chip.port_bytes, chip.window
         super().__init__({
             "valid": In(1), "bank": In(4), "word": In(4), "value": In(32), "ready": Out(1),
@@ -31,8 +30,8 @@ class EnginesTop(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        chip, P, W = self.chip, self.chip.port_bytes, self.chip.window
-        window = m.submodules.window = WindowUnit(chip)
+        chip, P = self.chip, self.chip.port_bytes
+        window = m.submodules.window = WindowUnit(chip, self.tails)
         matrix = m.submodules.matrix = MatrixEngine(chip.rows, chip.cols, P)
         load = m.submodules.load = LoadEngine(P)
         store = m.submodules.store = StoreEngine(P)
@@ -43,7 +42,7 @@ class EnginesTop(wiring.Component):
         m.d.comb += [
             window.valid.eq(self.valid), window.bank.eq(self.bank), window.word.eq(self.word),
             window.value.eq(self.value), self.ready.eq(window.ready),
-            *(x.eq(y) for x, y in zip(window.slot_base, self.slot_base)),
+            *(x.eq(y) for x, y in zip(window.slot_base, self.slot_base, strict=True)),
             self.entered.eq(window.entered), self.start.eq(window.start),
             self.start_index.eq(window.start_index), self.freed.eq(Cat(*window.freed)),
             self.freed_index.eq(Cat(*window.freed_index)),
@@ -57,7 +56,7 @@ class EnginesTop(wiring.Component):
         for engine in (load, store):
             m.d.comb += [engine.transfer.eq(window.transfer), engine.slot.eq(timer.slot)]
         m.d.comb += [matrix.shared.eq(window.shared),
-                     *(x.eq(y) for x, y in zip(matrix.word, window.fields))]
+                     *(x.eq(y) for x, y in zip(matrix.word, window.fields, strict=True))]
 
         connect(m, matrix.a, sram.read[0])
         connect(m, matrix.b, sram.read[1])

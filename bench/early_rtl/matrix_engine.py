@@ -14,10 +14,9 @@ Read data reach the array three cycles after the walker's cycle: request registe
 data register.
 """
 
-from amaranth.hdl import *
+from amaranth.hdl import Array, Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
-
 from banked_memory import ReadPort, WritePort
 from processing_element import STAGES
 from processing_element import Array as SystolicArray
@@ -124,7 +123,7 @@ class MatrixEngine(wiring.Component):
         m.d.sync += age.eq(Mux(age == 0xFFFF, age, age + 1))
         with m.If(self.start):
             m.d.sync += [age.eq(1), live["shared"].eq(self.shared),
-                         *(mine.eq(theirs) for mine, theirs in zip(live["word"], self.word))]
+                         *(x.eq(y) for x, y in zip(live["word"], self.word, strict=True))]
         walkers, contexts = {}, {}
         for name, begin in (
             ("main", live["fill"]), ("sums", live["fill"] + 2),
@@ -142,7 +141,7 @@ class MatrixEngine(wiring.Component):
             ]
             with m.If(walker.go):
                 m.d.sync += [own["shared"].eq(live["shared"]),
-                             *(x.eq(y) for x, y in zip(own["word"], live["word"]))]
+                             *(x.eq(y) for x, y in zip(own["word"], live["word"], strict=True))]
         # Free is set by the walk's last cycle; a start (never in that cycle) clears it.
         idle = Signal(init=1)
         with m.If(self.start):
@@ -347,7 +346,7 @@ class MatrixEngine(wiring.Component):
         R, C = self.rows, self.cols
         names = ("a", "m0", "s0", "m1", "s1", "m2", "s2", "k_inner", "k_outer", "k_stride", "b",
                  "b_stride", "n", "acc", "acc_stride")
-        d = dict(zip(names, word[1:]), word=word, shared=shared, accumulate=word[0][4],
+        d = dict(zip(names, word[1:], strict=True), word=word, shared=shared, accumulate=word[0][4],
                  transpose_a=word[0][5], transpose_b=word[0][6])
         ta, tb = d["transpose_a"], d["transpose_b"]
         k_zero = (d["k_inner"] == 0) | (d["k_outer"] == 0)

@@ -1,9 +1,8 @@
 """The matrix engine with its memories, alone, for the first test."""
 
-from amaranth.hdl import *
+from amaranth.hdl import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
-
 from banked_memory import BankedMemory, ReadPort, WritePort
 from matrix_engine import MatrixEngine
 
@@ -35,7 +34,8 @@ class MatrixTop(wiring.Component):
         connect(m, flipped(self.acc_write), acc.write[1])
         m.d.comb += [
             engine.start.eq(self.start), engine.shared.eq(self.shared),
-            *(x.eq(y) for x, y in zip(engine.word, self.word)), self.free.eq(engine.free),
+            *(x.eq(y) for x, y in zip(engine.word, self.word, strict=True)),
+            self.free.eq(engine.free),
             self.conflict.eq(sram.conflict | acc.conflict),
             self.a_enable.eq(engine.a.enable), self.b_enable.eq(engine.b.enable),
             self.psum_enable.eq(engine.psum.enable), self.write_enable.eq(engine.result.enable),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pythondata_cpu_picorv32 as picorv32
@@ -86,7 +87,7 @@ def durations(lib, programs: int, hold_most: int) -> dict[str, Counter]:
         hold = tuple(rng.randint(0, hold_most) for _ in range(300))
         log, memory = execute(lib, code, 8000, hold)
         marks, stalls = starts(log), 0
-        for (t, pc), (after, next_pc) in zip(marks, marks[1:]):
+        for (t, pc), (after, next_pc) in pairwise(marks):
             row = RV32.find(memory[pc // 4])
             name = row.cycle_class
             if name == "branch":
@@ -142,7 +143,8 @@ def fault_position(lib) -> list[str]:
         "sw misaligned": ([encode("sw", rs2=5, rs1=0, imm=2)], 0),
         "sh misaligned": ([encode("sh", rs2=5, rs1=0, imm=1)], 0),
         "jal to pc+6": ([encode("jal", rd=5, offset=6)], 0),
-        "jalr to +2": ([encode("addi", rd=7, rs1=0, imm=34), encode("jalr", rd=5, rs1=7, imm=0)], 4),
+        "jalr to +2":
+            ([encode("addi", rd=7, rs1=0, imm=34), encode("jalr", rd=5, rs1=7, imm=0)], 4),
         "jalr to +1 (bit 0 cleared)":
             ([encode("addi", rd=7, rs1=0, imm=17), encode("jalr", rd=5, rs1=7, imm=0)], 4),
         "beq taken to pc+6": ([encode("beq", rs1=0, rs2=0, offset=6)], 0),

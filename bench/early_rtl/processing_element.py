@@ -5,7 +5,7 @@ sees an 8-bit significand with its leading one and a wider exponent. Three pipel
 and compare exponents; align and add; normalise and round.
 """
 
-from amaranth.hdl import *
+from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 

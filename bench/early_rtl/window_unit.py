@@ -5,10 +5,9 @@ and e+2 is the first cycle in which it may start. Starts are decided in the cycl
 registers and from the engines' `free`.
 """
 
-from amaranth.hdl import *
+from amaranth.hdl import Array, C, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
-
 from dma_engines import Transfer
 
 LOAD, STORE, MATRIX = 0, 1, 2
@@ -21,12 +20,8 @@ Range = data.StructLayout({"valid": 1, "space": 2, "first": 32, "last": 32})
 
 
 class WindowUnit(wiring.Component):
-    def __init__(self, chip):
-        self.chip = chip
-        banks = chip.sram_banks + chip.acc_banks
-        self.tails = {LOAD: chip.dram_latency + 8, STORE: chip.dram_latency + 8,
-                      MATRIX: chip.psum_latency + 4}
-        del banks
+    def __init__(self, chip, tails: dict[int, int]):
+        self.chip, self.tails = chip, tails
         super().__init__({
             "valid": In(1), "bank": In(4), "word": In(4), "value": In(32), "ready": Out(1),
             "slot_base": In(32).array(SLOTS),
@@ -89,9 +84,10 @@ class WindowUnit(wiring.Component):
                             e["read_ports"].eq(d["read_ports"]),
                             e["write_ports"].eq(d["write_ports"]), e["write"].eq(d["write"]),
                             e["transfer"].eq(d["transfer"]),
-                            *(x.eq(y) for x, y in zip(e["reads"], d["reads"])),
+                            *(x.eq(y) for x, y in zip(e["reads"], d["reads"], strict=True)),
                             e["fields"][0].eq(self.value),
-                            *(x.eq(y) for x, y in zip(e["fields"][1:], fields[engine][1:])),
+                            *(x.eq(y) for x, y in
+                              zip(e["fields"][1:], fields[engine][1:], strict=True)),
                         ]
 
         # Readiness.
@@ -122,7 +118,7 @@ class WindowUnit(wiring.Component):
                 m.d.comb += [
                     self.start.eq(1), self.start_index.eq(e["index"]),
                     self.shared.eq(e["shared"]), self.transfer.eq(e["transfer"]),
-                    *(x.eq(y) for x, y in zip(self.fields, e["fields"])),
+                    *(x.eq(y) for x, y in zip(self.fields, e["fields"], strict=True)),
                 ]
                 for engine in BANKS:
                     m.d.comb += self.engine_start[engine].eq(e["engine"] == engine)
@@ -211,7 +207,7 @@ class WindowUnit(wiring.Component):
                 side.row_stride.eq(Mux(one, plane_stride, stride)),
                 side.planes.eq(Mux(one, 1, planes)), side.plane_stride.eq(plane_stride),
             ]
-        m.d.comb += t.convert.eq(go[0:4] != go[4:8])
+        m.d.comb += [t.convert.eq(go[0:4] != go[4:8]), t.pace.eq(f[15])]  # word 15: bench only
         low, high = Signal(signed(48), name=f"{prefix}_low"), Signal(signed(48))
         reaches = [((rows - 1).as_signed()[:24].as_signed() * mrs.as_signed()),
                    ((planes - 1).as_signed()[:24].as_signed() * mps.as_signed())]

@@ -45,16 +45,18 @@ def pagoda() -> None:
 
 def main() -> None:
     """Entry point: one message per error, never a traceback for a user's mistake."""
-    from pagoda.cli.errors import USER_ERRORS
-
     try:
-        pagoda.main(standalone_mode=False)
+        pagoda.main(prog_name="pagoda", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-    except USER_ERRORS as error:
+    except Exception as error:
+        from pagoda.cli.errors import USER_ERRORS  # late: `pagoda --help` need not wait for it
+
+        if not isinstance(error, USER_ERRORS):
+            raise
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -14,7 +14,16 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import platformdirs
+
 _CHECKSUM_BYTES = 32
+VARIABLE = "PAGODA_CACHE_DIR"
+
+
+def default_directory() -> Path:
+    """Where compiled code is kept: $PAGODA_CACHE_DIR, else the user's cache folder."""
+    chosen = os.environ.get(VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("pagoda"))
 
 
 class Cache:

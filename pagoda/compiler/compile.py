@@ -10,12 +10,13 @@ from pagoda.compiler.cache import Cache
 from pagoda.compiler.codegen import Blob, codegen_version, compile_blob, emit_llvm
 from pagoda.compiler.errors import CompileError, Location
 from pagoda.compiler.fields import hoist_fields
-from pagoda.compiler.link import kernel_sram
+from pagoda.compiler.link import MAX_ARGUMENT_WORDS, kernel_sram
 from pagoda.compiler.lower import lower
 from pagoda.compiler.pipeline import deepest, pipeline
 from pagoda.compiler.schedule import pack_elementwise
-from pagoda.compiler.tile_ir import Body, Kernel, Tile
+from pagoda.compiler.tile_ir import Body, Dot, Kernel, Tile
 from pagoda.isa.chip import Chip
+from pagoda.isa.numbers import DType
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,31 @@ class Compiled:
 
 def compile_kernel(kernel: Kernel, chip: Chip) -> Compiled:
     """Schedule, place and lower a kernel for a chip. Raises CompileError."""
+    _check(kernel, chip)
     packed, placements = _schedule(kernel, chip)
     commands = hoist_fields(lower(packed, placements))
     text, locations = emit_llvm(kernel, commands)
     return Compiled(packed, placements, commands, text, tuple(locations))
+
+
+def _check(kernel: Kernel, chip: Chip) -> None:
+    """What no schedule can help: operand types the array lacks, calls longer than a record."""
+    for statement in kernel.walk():
+        if isinstance(statement, Dot):
+            wanted = "int8" if statement.a.tile.dtype == DType.I8 else "bf16"
+            if wanted not in chip.matrix_types:
+                raise CompileError(
+                    "dot", f"the matrix engine of chip {chip.name} multiplies "
+                    f"{' or '.join(chip.matrix_types)}", f"the operands are {wanted}",
+                    "convert them, or use another chip", statement.location or kernel.location,
+                )  # fmt: skip
+    words = len(kernel.words())
+    if words > MAX_ARGUMENT_WORDS:
+        raise CompileError(
+            f"kernel {kernel.name}", f"a call has at most {MAX_ARGUMENT_WORDS} argument words",
+            f"its {len(kernel.tensors)} tensors and {len(kernel.scalars)} scalars take {words}",
+            "fix sizes or strides at compile time, or split the kernel", kernel.location,
+        )  # fmt: skip
 
 
 def _schedule(kernel: Kernel, chip: Chip) -> tuple[Kernel, dict[Tile, Placement]]:

@@ -65,7 +65,7 @@ class MatmulPlan:
     cycles: int
 
 
-def _atoms(rows: int, cols: int, pitch: int, size: int) -> int:
+def dram_atoms(rows: int, cols: int, pitch: int, size: int) -> int:
     """DRAM atoms of rows x cols elements in rows `pitch` elements apart."""
     if cols == pitch or rows == 1:
         return -(-rows * cols * size // DRAM_ATOM_BYTES)
@@ -150,7 +150,7 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
         if step.last:
             timeline.control += ISSUE_CYCLES
             bias = timing.vector(chip, step.m, step.n, 1, 0).occupancy + 30 if shape.bias else 0
-            atoms = _atoms(step.m, step.n, shape.n, shape.output_bytes)
+            atoms = dram_atoms(step.m, step.n, shape.n, shape.output_bytes)
             timeline.stores.append((accumulated + bias, atoms * timeline.atom))
         if number + 1 == len(replayed) // 2:
             middle = max(timeline.matrix, timeline.port)
@@ -225,13 +225,13 @@ def _tile_b(shape: MatmulShape, n: int, k: int) -> tuple[int, int, int, int]:
 
 def _port(chip: Chip, rows: int, cols: int, pitch: int, size: int) -> tuple[int, int]:
     """Atoms and local cycles of a load."""
-    return _atoms(rows, cols, pitch, size), timing.local_cycles(chip, rows, cols * size)
+    return dram_atoms(rows, cols, pitch, size), timing.local_cycles(chip, rows, cols * size)
 
 
 # Choice ------------------------------------------------------------------------------------------
 
 
-def _sizes(extent: int, unit: int, limit: int) -> list[int]:
+def block_sizes(extent: int, unit: int, limit: int) -> list[int]:
     """Block sizes worth trying: the whole extent, even splits of it and powers of two, in units."""
     extent = max(extent, 1)
     found = {extent} if extent <= limit else set()
@@ -249,13 +249,13 @@ def legal_plans(chip: Chip, shape: MatmulShape) -> Iterator[MatmulPlan]:
     size = shape.operand_bytes
     bank, acc_half = chip.bank_bytes("sram"), chip.acc_bytes // 2
     k_unit = max(chip.rows, DRAM_ATOM_BYTES // size)
-    for bm in _sizes(shape.m, chip.rows, 1024):
-        for bn in _sizes(shape.n, chip.cols, 2048):
+    for bm in block_sizes(shape.m, chip.rows, 1024):
+        for bn in block_sizes(shape.n, chip.cols, 2048):
             if _aligned(bm * bn * 4) > acc_half:
                 continue
             output = 2 * _aligned(bm * bn * shape.output_bytes) if shape.bias else 0
             room = high - low - SMALL_TILES - output
-            for bk in _sizes(shape.k, k_unit, 1 << 16):
+            for bk in block_sizes(shape.k, k_unit, 1 << 16):
                 for resident in (False, True) if shape.fixed_k else (False,):
                     for buffers in RESIDENT_BUFFERS if resident else STREAM_BUFFERS:
                         b = buffers * _aligned(bk * bn * size)
@@ -285,9 +285,9 @@ def _bound(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> float:
     tiles, steps = _share_of_core(chip, shape, plan)
     m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, max(shape.k, 1))
     matmul = timing.matmul(chip, m, n, 1, k, shape.transposed_a, shape.transposed_b)
-    atoms = _atoms(*_tile_b(shape, n, k))
+    atoms = dram_atoms(*_tile_b(shape, n, k))
     if not plan.resident:
-        atoms += _atoms(*_tile_a(shape, m, k))
+        atoms += dram_atoms(*_tile_a(shape, m, k))
     dram = atoms * DRAM_ATOM_BYTES / float(chip.dram_share)
     control = TILE_CYCLES / steps + (2 if plan.resident else 3) * ISSUE_CYCLES
     edge = 0.5 if tiles * steps > 1 else 1.0  # tails may be much smaller than the rest

@@ -250,9 +250,7 @@ def _unfold(piece: _Piece) -> _Piece:
         dim, inner = found
         outer = nest.dims[dim] // inner
         dims = [*nest.dims[:dim], outer, inner, *nest.dims[dim + 1 :]]
-        atoms: dict[Expr, Expr] = {
-            Var(d): Var(d + 1) for d in range(len(nest.dims)) if d > dim
-        }
+        atoms: dict[Expr, Expr] = {Var(d): Var(d + 1) for d in range(len(nest.dims)) if d > dim}
         atoms[Var(dim)] = Var(dim) * inner + Var(dim + 1)
         reduced = nest.reduced + (dim >= len(nest.outer))
         piece = piece.rebuilt(dims, reduced, atoms, {})
@@ -313,4 +311,3 @@ def _mapped(nest: LoopNest, simplify: Callable[[Expr], Expr]) -> LoopNest:
         return op
 
     return replace(nest, body=tuple(change(op) for op in nest.body))
-

@@ -38,8 +38,10 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          has stride 0), or of sizes [n]
 # sdpa     out[b,h,q,d] = softmax(scale * q[b,h,q,e] k[b,g,s,e]^T + mask) v[b,g,s,d]; query head h
 #          uses key/value head h // (h_count / g_count). mask[b,h,q,s] (dimensions of size 1 are
-#          broadcast): bool true = visible, float = added. causal: position s is visible to query q
-#          if s <= q, both counted from 0 (torch's upper left corner). A row that sees nothing is 0.
+#          broadcast): bool true = visible, float = added. causal: False, or True: position s is
+#          visible to query q if s <= q, both counted from 0 (torch's upper left corner), or
+#          "lower right": if s <= q + S - Q, so that the last query sees all. A row that sees
+#          nothing is 0.
 #
 # mm, bmm, addmm and sdpa accumulate in float32 and round once, on the way out (the weights of
 # softmax may be rounded to the type of v before they meet it: a kernel's choice).

@@ -191,9 +191,12 @@ def _check_pads(name: str, f: Fields) -> None:
 
 
 def _check_destination(name: str, operand: str, loops: Loops, row_bytes: int) -> None:
+    """Rows must lie apart: from the smallest stride to the largest, each reaches over what the
+    smaller ones cover. So planes may interleave with rows, as heads do in [token, head, element].
+    """
     extent = row_bytes
-    for count, stride in reversed(loops):
-        if count > 1 and stride < extent:
+    for count, stride in sorted((loop for loop in loops if loop[0] > 1), key=lambda loop: loop[1]):
+        if stride < extent:
             _bad(name, f"{operand}: stride {stride} is less than the {extent} bytes of a row")
         extent += (count - 1) * stride
 

@@ -83,7 +83,10 @@ def _prepare(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
             return _nest(step, chip, symbols)
         if step.kernel.name == "sdpa":
             kernel, blocks = attention_for(step, chip)
-            views, scalars = attention_arguments(step, blocks, cores=chip.cores)
+            _, q, k, *_ = step.args
+            lower_right = step.kernel.attribute("causal") == "lower right"
+            offset = k.sizes[2] - q.sizes[2] if lower_right else 0
+            views, scalars = attention_arguments(step, blocks, offset, chip.cores)
             return _Step(kernel, _words(kernel, views, scalars), step.origin)
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)

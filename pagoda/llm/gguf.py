@@ -5,6 +5,7 @@ file ends in an error and never in an endless loop, and reads long arrays in one
 """
 
 import struct
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,27 +224,37 @@ class ModelFile:
 
         return LlamaConfig(**self.hyperparameters)
 
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every weight in binary32 under its Hugging Face name, one after the other, row order too.
+
+        Without torch. A tied `lm_head.weight` does not come: it is the embedding.
+        """
+        layout = tensor_layout(self.hyperparameters)
+        if extra := sorted(self.tensors.keys() - layout.keys()):
+            rule = "a Llama-class model has no other tensors than embeddings, layers, norm, output"
+            raise ModelError(self.path, rule, f"this file has {extra[0]!r}", OTHER_FILE)
+        for name, (hf_name, shape, heads) in layout.items():
+            yield hf_name, self._weight(name, shape, heads)
+
     def state_dict(self, dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
         """Every weight on the CPU as `dtype`, in Hugging Face names and row order.
 
         Dequantised in binary32, then rounded once. A tied `lm_head.weight` is the embedding itself,
         not a copy.
         """
-        layout = tensor_layout(self.hyperparameters)
-        if extra := sorted(self.tensors.keys() - layout.keys()):
-            rule = "a Llama-class model has no other tensors than embeddings, layers, norm, output"
-            raise ModelError(self.path, rule, f"this file has {extra[0]!r}", OTHER_FILE)
+        import torch
+
         state = {}
-        for name, (hf_name, shape, heads) in layout.items():
-            state[hf_name] = self._weight(name, shape, heads).to(dtype)
+        for name, values in self.weights():
+            # Where it is still the file's pages, torch needs memory of its own.
+            owned = values if values.flags.writeable else values.copy()
+            state[name] = torch.from_numpy(owned).to(dtype)
         if self.hyperparameters["tie_word_embeddings"]:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
 
-    def _weight(self, name: str, shape: tuple[int, ...], heads: int) -> "torch.Tensor":
+    def _weight(self, name: str, shape: tuple[int, ...], heads: int) -> np.ndarray:
         """One tensor in binary32, dequantised, with llama.cpp's order of rotary rows undone."""
-        import torch
-
         if name not in self.tensors:
             rule = f"it must have the tensor {name!r}"
             raise ModelError(self.path, rule, "there is none", DOWNLOAD_AGAIN)
@@ -265,9 +276,7 @@ class ModelFile:
         if heads:
             pairs = values.reshape(heads, shape[0] // heads // 2, 2, -1)
             values = pairs.swapaxes(1, 2).reshape(shape)
-        if not values.flags.writeable:  # still the file's pages: torch needs memory of its own
-            values = values.copy()
-        return torch.from_numpy(values)
+        return values
 
     def tokenizer_parts(self) -> TokenizerParts:
         """Vocabulary, merges, special ids and chat template, as plain data."""

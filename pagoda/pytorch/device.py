@@ -7,6 +7,7 @@ strides). Copies between host and device move bytes. Everything that computes go
 
 from __future__ import annotations
 
+import importlib
 import math
 import types
 from collections import Counter
@@ -42,6 +43,7 @@ def use(executor: Executor | None = None, allocator: Allocator | None = None) ->
     Tensors made before keep the memory they have, and give it back to the allocator they got it
     from; an executor that only accepts its own memory must be set before any tensor is made.
     """
+    importlib.import_module("pagoda.pytorch.inductor")  # registers the torch.compile backend
     if executor is not None:
         state.executor = executor
     if allocator is not None:

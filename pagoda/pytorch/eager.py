@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils import _pytree as pytree
 
 from pagoda.pytorch import device
-from pagoda.pytorch.loops import Unsupported
+from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.storage import host_alias
 
 aten = torch.ops.aten

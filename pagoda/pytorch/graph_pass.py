@@ -59,9 +59,10 @@ def _repeated(node: torch.fx.Node) -> torch.fx.Node | None:
         return None
     expanded, node = node, node.args[0]
     while node.target in (aten.slice.Tensor, aten.clone.default):
-        if node.target is aten.slice.Tensor and node.meta["val"].shape != node.args[0].meta[
-            "val"
-        ].shape:
+        if (
+            node.target is aten.slice.Tensor
+            and node.meta["val"].shape != node.args[0].meta["val"].shape
+        ):
             return None
         node = node.args[0]
     if node.target is not aten.unsqueeze.default or node.args[1] not in (2, -3):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.backends import registry
 from torch._dynamo.device_interface import DeviceInterface, register_interface_for_device
 from torch._inductor import config
 from torch._inductor.codegen.common import (
@@ -169,7 +170,8 @@ def _register() -> None:
     register_interface_for_device(device.NAME, _Interface)
     register_device_op_overrides(device.NAME, _Overrides())
     register_backend_for_device(device.NAME, PagodaScheduling, RegionWrapper, None, RegionWrapper)
-    torch._dynamo.register_backend(backend, name=device.NAME)
+    if registry._BACKENDS.get(device.NAME) is None:  # else torch loads it by its entry point
+        registry.register_backend(backend, name=device.NAME)
 
 
 _register()

@@ -10,9 +10,8 @@ import math
 from typing import Any
 
 import torch
-from torch._inductor import ir
 
-from pagoda.pytorch.loops import Unsupported
+from pagoda.pytorch.errors import Unsupported
 
 aten = torch.ops.aten
 
@@ -27,10 +26,16 @@ def sdpa(
     mask: torch.Tensor | None,
     causal: bool,
     scale: float,
+    lower_right: bool = False,
 ) -> torch.Tensor:
     """q [b, h, m, d], k [b, g, n, d], v [b, g, n, e], mask broadcast to [b, h, m, n]; gives
-    [b, h, m, e]. Query head h uses key/value head h // (h_count // g_count)."""
+    [b, h, m, e]. Query head h uses key/value head h // (h_count // g_count). lower_right: causal,
+    and the last query sees all keys (torch's `is_causal` lets the first query see the first)."""
     groups = q.shape[1] // k.shape[1]
+    if lower_right:
+        shape = (q.shape[2], k.shape[2])
+        mask = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
+        causal = False
     return torch.nn.functional.scaled_dot_product_attention(
         q,
         k.repeat_interleave(groups, 1),
@@ -42,7 +47,7 @@ def sdpa(
 
 
 @sdpa.register_fake
-def _(q, k, v, mask, causal, scale):
+def _(q, k, v, mask, causal, scale, lower_right=False):
     # Laid out as [b, m, h, e]: what follows attention joins the heads, and needs no copy then.
     batch, heads, count, _ = q.shape
     torch._check(k.shape[2] == v.shape[2])
@@ -68,8 +73,9 @@ def _attention(
     if query.dim() != 4:
         lead = query.shape[:-3] if query.dim() > 4 else ()
         flat = [_four(t, lead) for t in (query, key, value)]
-        mask = None if attn_mask is None else _four(attn_mask.expand(
-            *query.shape[:-1], key.shape[-2]), lead)
+        mask = None
+        if attn_mask is not None:
+            mask = _four(attn_mask.expand(*query.shape[:-1], key.shape[-2]), lead)
         out = _attention(*flat, mask, 0.0, is_causal, scale=scale)
         return out.reshape(*query.shape[:-1], value.shape[-1])
     if attn_mask is not None:
@@ -104,8 +110,10 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
         return name, (("alpha", alpha), ("beta", beta)), list(node.inputs)
     if name == "pagoda::sdpa":
         args, kwargs = node.unflatten_args(node.inputs, node.constant_args)
-        bound = dict(zip(("q", "k", "v", "mask", "causal", "scale"), args, strict=False)) | kwargs
-        attributes = (("causal", bool(bound["causal"])), ("scale", float(bound["scale"])))
+        names = ("q", "k", "v", "mask", "causal", "scale", "lower_right")
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        causal = "lower right" if bound.get("lower_right") else bool(bound["causal"])
+        attributes = (("causal", causal), ("scale", float(bound["scale"])))
         tensors = [bound["q"], bound["k"], bound["v"], bound.get("mask")]
         return "sdpa", attributes, tensors
     raise Unsupported(
@@ -115,7 +123,7 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
     )
 
 
-def _name(op: Any, node: ir.ExternKernel) -> str:
+def _name(op: Any, node: Any) -> str:
     if isinstance(op, torch._ops.OpOverload):
         text = op.name()  # "aten::mm.out"
         return text.removeprefix("aten::").split(".")[0]

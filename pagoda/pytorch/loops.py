@@ -21,12 +21,8 @@ from torch._inductor.virtualized import V
 
 from pagoda.compiler.index_expr import Expr
 from pagoda.compiler.loop_nest import LOW_PRECISION, POINTWISE, Builder
+from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.symbolic import dtype_name, to_expr
-
-
-class Unsupported(RuntimeError):
-    """An operation that cannot be compiled for the chip."""
-
 
 # Inductor's name -> ours, where they differ.
 _RENAMED = {
@@ -35,12 +31,11 @@ _RENAMED = {
     "lshift": "shift_left", "rshift": "shift_right", "bitwise_left_shift": "shift_left",
     "bitwise_right_shift": "shift_right", "libdevice_exp": "exp",
 }  # fmt: skip
+# Operations that give floats for integers too.
 _FLOAT_RESULT = {
-    name for name, (_, result) in POINTWISE.items()
-    if result == "same" and name in (
-        "div reciprocal sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan "
-        "sinh cosh tanh sigmoid erf erfc atan2"
-    ).split()
+    "div", "reciprocal", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p",
+    "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "sigmoid", "erf", "erfc",
+    "atan2",
 }  # fmt: skip
 _LOGICAL = {
     "logical_and": "bitwise_and",

@@ -26,7 +26,8 @@ from torch.utils._sympy.functions import FloorDiv
 from pagoda.compiler.index_expr import Var
 from pagoda.compiler.loop_nest import Builder, LoopNest
 from pagoda.compiler.loop_nest_split import split
-from pagoda.pytorch.loops import NestHandler, Unsupported
+from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.loops import NestHandler
 from pagoda.pytorch.symbolic import to_expr
 
 # A fused kernel keeps a row of each of its tensors in on-chip memory at once.

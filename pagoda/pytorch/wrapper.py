@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import pickle
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -33,8 +34,8 @@ from pagoda.compiler.region import (
     TensorInput,
     View,
 )
+from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.library import library_call
-from pagoda.pytorch.loops import Unsupported
 from pagoda.pytorch.scheduling import LoopNestLine
 from pagoda.pytorch.storage import host_alias
 from pagoda.pytorch.symbolic import dtype_name, to_expr
@@ -104,7 +105,12 @@ class _RegionBuilder:
         if isinstance(name, (list, tuple)):
             name = "_".join(name)
         return Region(
-            str(name), tuple(inputs), outputs, tuple(self.symbols), *self._without_unused()
+            name=str(name),
+            inputs=tuple(inputs),
+            outputs=outputs,
+            symbols=tuple(self.symbols),
+            buffers=tuple(self.buffers),
+            steps=tuple(self.steps),
         )
 
     def expr(self, value: sympy.Expr | int) -> Expr:
@@ -209,19 +215,11 @@ class _RegionBuilder:
         written = {b for step in self.steps for b in step.writes()}
         for number, buffer in enumerate(self.buffers):
             if buffer.kind == "temporary" and number in returned:
-                self._change(number, kind="output")
+                self.buffers[number] = replace(buffer, kind="output")
             elif buffer.kind == "constant" and number in returned:
                 raise Unsupported("a graph that returns a constant. Return a copy of it instead.")
             elif buffer.kind == "input" and number in written:
-                self._change(number, mutated=True)
-
-    def _change(self, number: int, **changes: Any) -> None:
-        from dataclasses import replace
-
-        self.buffers[number] = replace(self.buffers[number], **changes)
-
-    def _without_unused(self) -> tuple[tuple[Buffer, ...], tuple[KernelCall, ...]]:
-        return tuple(self.buffers), tuple(self.steps)
+                self.buffers[number] = replace(buffer, mutated=True)
 
     # Memory
 

@@ -242,11 +242,14 @@ def _prepare_3d(st, e, bank):
     to_row = row if load else abs(mem_row)
     to_plane = plane if load else abs(mem_plane)
     to_bytes = bytes_local if load else bytes_mem
-    if rows > 1 and to_row < to_bytes:
-        return fail(st, BAD_FIELD, details.ROW_STRIDE, to_row, to_bytes)
-    to_bytes += (rows - 1) * to_row
-    if planes > 1 and to_plane < to_bytes:
-        return fail(st, BAD_FIELD, details.ROW_STRIDE, to_plane, to_bytes)
+    inner, inner_count, outer, outer_count = to_row, rows, to_plane, planes
+    if rows == 1 or (planes > 1 and to_plane < to_row):
+        inner, inner_count, outer, outer_count = to_plane, planes, to_row, rows
+    if inner_count > 1 and inner < to_bytes:
+        return fail(st, BAD_FIELD, details.ROW_STRIDE, inner, to_bytes)
+    to_bytes += (inner_count - 1) * inner
+    if outer_count > 1 and outer < to_bytes:
+        return fail(st, BAD_FIELD, details.ROW_STRIDE, outer, to_bytes)
     needs = READABLE if load else WRITABLE
     if accumulate:
         needs = READABLE | WRITABLE

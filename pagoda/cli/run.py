@@ -1,0 +1,214 @@
+"""`pagoda run`: one kernel of the library on seeded data, checked, with its cycles explained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pagoda.cli.library import STORAGE, Problem, Verdict, library_help, problem, seeded
+from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.stalls import IDLE, stalls
+from pagoda.compiler.compile import compile_kernel
+from pagoda.compiler.errors import CompileError
+from pagoda.compiler.language import TensorType
+from pagoda.compiler.link import (
+    LAUNCH_ARGUMENTS,
+    LinkedProgram,
+    TensorArgument,
+    argument_words,
+    launch_arguments,
+    link,
+    pack_records,
+)
+from pagoda.compiler.tile_ir import Kernel
+from pagoda.isa import timing
+from pagoda.isa.chip import Chip
+from pagoda.isa.machine import Result
+from pagoda.isa.program import Slot
+from pagoda.runtime import Device
+from pagoda.sim import Simulator
+
+MAX_TENSOR_BYTES = 256 << 20  # numpy works the result out on the host as well
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launch: what ran, what came out, and how long it took on the chip."""
+
+    kernel: Kernel
+    result: Result
+    first_instruction: int  # its cycle
+    verdict: Verdict
+
+
+def _bytes(layout: TensorType) -> int:
+    return int(np.prod(layout.sizes, dtype=object)) * layout.dtype.bits // 8
+
+
+def _check_size(what: Problem, name: str) -> None:
+    total = sum(_bytes(layout) for layout in what.tensors().values())
+    if total > MAX_TENSOR_BYTES:
+        raise CompileError(
+            name, f"all tensors together take at most {MAX_TENSOR_BYTES} bytes, since numpy works "
+            "the result out too", f"they take {total}", "choose smaller sizes",
+        )  # fmt: skip
+
+
+def execute(what: Problem, name: str, chip: Chip, seed: int, console: Console) -> Run:
+    """Compile, run and check. Raises CompileError, DeviceFault, OutOfDeviceMemory."""
+    _check_size(what, name)
+    with console.status(f"compiling {name} for {chip.name}") as status:
+        kernel, scalars = what.build(chip)
+        linked = link(name, [(kernel.name, compile_kernel(kernel, chip).blob())], chip)
+        status.update("running it on the simulated chip")
+        rng = np.random.default_rng(seed)
+        layouts = what.tensors()
+        output = next(iter(layouts))
+        arrays = {n: seeded(t, rng) for n, t in layouts.items() if n != output}
+        device = Device(chip, Simulator(chip, trace=True))
+        found, result = _launch(device, linked, kernel, layouts, arrays, scalars)
+        status.update("checking the result with numpy")
+        verdict = what.check(arrays, found)
+    start = timing.first_instruction(
+        chip, len(linked.program.code), resident=False, args=LAUNCH_ARGUMENTS
+    )
+    return Run(kernel, result, start, verdict)
+
+
+def _launch(
+    device: Device,
+    linked: LinkedProgram,
+    kernel: Kernel,
+    layouts: dict[str, TensorType],
+    arrays: dict[str, np.ndarray],
+    scalars: dict[str, int],
+) -> tuple[np.ndarray, Result]:
+    """The first tensor as the kernel left it, in its layout, and the launch's result."""
+    slots, given = [Slot(64, 0)], dict[str, TensorArgument | int](scalars)
+    output = next(iter(layouts))
+    for number, (name, layout) in enumerate(layouts.items(), 1):
+        nbytes = _bytes(layout)
+        address = device.memory.allocate(nbytes)
+        # The tensors' layouts have no gaps, so their bytes in memory order are all of them.
+        stored = device.array(address, (nbytes // (layout.dtype.bits // 8),), STORAGE[layout.dtype])
+        tensor = np.ndarray(layout.sizes, stored.dtype, stored, strides=layout.strides)
+        if name == output:
+            result = tensor
+        else:
+            tensor[...] = arrays[name]
+        slots.append(Slot(address, nbytes, writable=name == output))
+        has_shape = kernel.tensor(name).rank > 0  # that of a loop nest is part of its code
+        shape = (layout.sizes, layout.strides) if has_shape else ((), ())
+        given[name] = TensorArgument(number, 0, *shape)
+    calls = [(linked.entries[0], argument_words(kernel, given))]
+    words = pack_records(calls)
+    slots[0] = Slot(device.place(words), words.nbytes, writable=False)
+
+    def tensor_at(slot: int, offset: int) -> str | None:
+        names = list(layouts)
+        return f"{names[slot - 1]!r}, byte {offset}" if 1 <= slot <= len(names) else None
+
+    outcome = device.launch(linked.program, launch_arguments(0, 0, calls), slots, tensor_at)
+    return result, outcome
+
+
+def figures(what: Problem, name: str, chip: Chip, seed: int, run: Run) -> dict[str, object]:
+    """What `--json` prints. utilisation: of the array's peak; roofline: the least cycles that
+    peak and bandwidth allow, each tensor moved once, over the cycles taken."""
+    result, counters = run.result, run.result.counters
+    bandwidth = float(chip.dram_bytes_per_cycle)
+    layouts = list(what.tensors().values())
+    needed = sum(map(_bytes, layouts)) if _bytes(layouts[0]) else 0
+    moved = counters.dram_read_bytes + counters.dram_write_bytes
+    least = max(what.macs / chip.macs_per_cycle, needed / bandwidth)
+    assert result.trace is not None
+    return {
+        "kernel": name,
+        "chip": chip.name,
+        **what.parameters(),
+        "seed": seed,
+        "correct": run.verdict.wrong == 0,
+        "check": asdict(run.verdict),
+        "blocks": dict(run.kernel.blocks),
+        "cycles": result.cycles,
+        "microseconds": round(result.cycles / chip.clock_hz * 1e6, 3),
+        "macs": what.macs,
+        "utilisation": round(what.macs / chip.macs_per_cycle / result.cycles, 4),
+        "dram_bytes": moved,
+        "dram_utilisation": round(moved / bandwidth / result.cycles, 4),
+        "roofline": round(least / result.cycles, 4),
+        "instructions": counters.instructions,
+        "commands": counters.commands,
+        "stalls": stalls(result.trace, result.cycles, chip.cores, run.first_instruction),
+    }
+
+
+def _report(found: dict, verdict: Verdict) -> None:
+    parameters = list(found)[2 : list(found).index("seed") + 1]
+    shown = [f"{key}={_word(found[key])}" for key in parameters]
+    click.echo(f"{found['kernel']} on {found['chip']}: {' '.join(shown)}")
+    blocks = " ".join(f"{name}={value}" for name, value in found["blocks"].items())
+    right = verdict.elements - verdict.wrong
+    for label, text in (
+        ("blocks", blocks),
+        ("result", f"{right:,} of {verdict.elements:,} elements {verdict.rule}"),
+        ("cycles", f"{found['cycles']:,} ({found['microseconds']:,g} us)"),
+        ("matrix", f"{found['utilisation']:.1%} of peak: {found['macs']:,} multiply-adds"),
+        ("DRAM", f"{found['dram_utilisation']:.1%} of bandwidth: {found['dram_bytes']:,} bytes"),
+        ("roofline", f"{found['roofline']:.1%} of what peak and bandwidth allow"),
+    ):
+        click.echo(f"  {label:9} {text}")
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column("engine")
+    for heading in ("commands", "busy", *IDLE):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for engine, row in found["stalls"].items():
+        total = row["busy"] + sum(row[cause] for cause in IDLE)
+        shares = [f"{row[key] / max(total, 1):.0%}" for key in ("busy", *IDLE)]
+        table.add_row(engine, f"{row['commands']:,}", *shares)
+    click.echo("Where each engine's cycles went: busy, or idle because of")
+    Console().print(table)
+
+
+def _word(value: object) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+@click.command(
+    help=f"""Run a kernel of the library on seeded data on the simulated chip.
+
+The result is checked with numpy; a wrong one is an error (exit code 1). Printed are the chip's
+cycles, how much of the matrix array's peak and of the DRAM bandwidth they use, and what each
+engine waited for.
+
+\b
+Example:
+  pagoda run matmul m=256 n=512 k=512 bias=yes --chip car
+
+{library_help()}
+"""
+)
+@click.argument("kernel")
+@click.argument("settings", nargs=-1, metavar="[NAME=VALUE]...")
+@chip_option
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the data.")
+@json_option
+def run(kernel: str, settings: tuple[str, ...], chip: Chip, seed: int, as_json: bool) -> None:
+    what = problem(kernel, settings)
+    done = execute(what, kernel, chip, seed, Console(stderr=True))
+    found = figures(what, kernel, chip, seed, done)
+    _report(found, done.verdict)
+    if as_json:
+        click.echo(json.dumps(found))
+    if done.verdict.wrong:
+        verdict = done.verdict
+        raise click.ClickException(
+            f"{kernel} on {chip.name}: every element must {verdict.rule}, but {verdict.wrong:,} "
+            f"of {verdict.elements:,} are not (largest error {verdict.largest_error:.3g}); "
+            "this is a bug of Pagoda: please report the command line."
+        )

@@ -1,0 +1,228 @@
+"""Block sizes of the float32 matrix product: the chip's business alone, no bit depends on them.
+
+`estimate_cycles` adds up what each engine, the DRAM port and the control core have to do for a
+plan, with the contract's duration formulas (`isa.timing`). They work side by side, so the busiest
+of them decides, plus what the first step and the last tile cannot overlap with.
+`choose_float32_plan` tries all legal plans and takes the cheapest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from pagoda.compiler.allocate import ALIGNMENT
+from pagoda.compiler.cost import (
+    ISSUE_CYCLES,
+    TILE_CYCLES,
+    MatmulShape,
+    block_sizes,
+    dram_atoms,
+)
+from pagoda.compiler.errors import CompileError
+from pagoda.compiler.link import kernel_sram
+from pagoda.isa import timing
+from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
+
+FLOAT_BYTES, TERM_BYTES = 4, 2
+LOADED = 3  # buffers of float32 tiles: one being split, two on their way
+PASSED = 2  # buffers of terms and sums: one engine writes one while another reads the other
+VECTOR_START = 12  # cycles a vector command waits for the one before, whose result it reads
+MAX_STEP = 1 << 19  # elements of a tile: commands count to 2^20
+COMPARED_PLANS = 400
+
+
+@dataclass(frozen=True)
+class Float32Plan:
+    """bm, bn, bk: block sizes. resident: the terms of bm whole rows of a stay in SRAM, and `parts`
+    units of work share the columns of their result. cycles: the estimate."""
+
+    resident: bool
+    bm: int
+    bn: int
+    bk: int
+    parts: int
+    cycles: int = 0
+
+
+def sums(terms: int) -> int:
+    """Products of terms, each with an accumulator of its own."""
+    return terms * (terms + 1) // 2
+
+
+@dataclass
+class _Work:
+    """Cycles of each engine, the DRAM port and the control core."""
+
+    matrix: float = 0
+    vector: float = 0
+    dram: float = 0
+    control: float = 0
+
+    def add(self, other: _Work, times: float = 1) -> None:
+        self.matrix += other.matrix * times
+        self.vector += other.vector * times
+        self.dram += other.dram * times
+        self.control += other.control * times
+
+    def busiest(self) -> float:
+        return max(self.matrix, self.vector, self.dram, self.control)
+
+    def one_after_another(self) -> float:
+        return self.matrix + self.vector + self.dram
+
+
+class _Cost:
+    """What the pieces of one product cost on a chip."""
+
+    def __init__(self, chip: Chip, shape: MatmulShape, terms: int):
+        self.chip, self.shape, self.terms = chip, shape, terms
+        self.atom = DRAM_ATOM_BYTES / float(chip.dram_share)
+
+    def _vector(self, rows: int, cols: int, commands: int, groups: int) -> _Work:
+        """`commands` vector commands, which take `groups` cycles per group of lanes together."""
+        cycles = rows * -(-cols // self.chip.lanes) * groups + commands * VECTOR_START
+        return _Work(vector=cycles, control=commands * ISSUE_CYCLES)
+
+    def _moved(self, rows: int, cols: int, pitch: int, size: int) -> _Work:
+        local = timing.local_cycles(self.chip, rows, cols * size)
+        port = max(dram_atoms(rows, cols, pitch, size) * self.atom, local)
+        return _Work(dram=port, control=ISSUE_CYCLES)
+
+    def load_a(self, m: int, k: int) -> _Work:
+        """A tile of a: loaded, put upright, split."""
+        shape = self.shape
+        extents = (k, m, shape.m) if shape.transposed_a else (m, k, shape.k)
+        work = self._moved(*extents, FLOAT_BYTES)
+        if shape.transposed_a:
+            cycles = timing.transpose(self.chip, k, m).occupancy
+            work.add(_Work(vector=cycles + VECTOR_START, control=ISSUE_CYCLES))
+        if self.terms > 1:  # the last of three terms reads two of one bank
+            work.add(self._vector(m, k, self.terms, self.terms + (self.terms == 3)))
+        return work
+
+    def load_b(self, n: int, k: int) -> _Work:
+        shape = self.shape
+        rows, cols, pitch = (n, k, shape.k) if shape.transposed_b else (k, n, shape.n)
+        work = self._moved(rows, cols, pitch, FLOAT_BYTES)
+        if self.terms > 1:
+            work.add(self._vector(rows, cols, self.terms, self.terms))
+        return work
+
+    def dots(self, m: int, n: int, k: int) -> _Work:
+        cycles = sum(
+            timing.matmul(self.chip, rows * m, n, 1, k, False, self.shape.transposed_b).occupancy
+            for rows in range(1, self.terms + 1)
+        )
+        return _Work(matrix=cycles, control=self.terms * ISSUE_CYCLES)
+
+    def end(self, m: int, n: int) -> _Work:
+        """The sums of an output tile added up, stored."""
+        commands, groups = {1: (1, 1), 2: (4, 7), 3: (5, 11)}[self.terms]
+        work = self._vector(m, n, commands, groups)
+        work.add(self._moved(m, n, self.shape.n, self.shape.output_bytes))
+        work.control += TILE_CYCLES
+        return work
+
+
+def _pieces(extent: int, block: int) -> list[tuple[int, int]]:
+    """(size, number) of the blocks an extent falls into; an empty one is one empty block."""
+    found = [(block, extent // block), (extent % block, 1)]
+    return [(size, count) for size, count in found if size and count] or [(0, 1)]
+
+
+def estimate_cycles(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Plan) -> int:
+    """Estimated cycles of the busiest core, launch excluded."""
+    cost, total = _Cost(chip, shape, terms), _Work()
+    down, across = -(-shape.m // plan.bm), max(-(-shape.n // plan.bn), 1)
+    columns, depths = _pieces(shape.n, plan.bn), _pieces(shape.k, plan.bk)
+    a_loads = min(plan.parts, across) if plan.resident else across
+    for m, rows in _pieces(shape.m, plan.bm):
+        for k, steps in depths:
+            total.add(cost.load_a(m, k), rows * steps * a_loads)
+            for n, tiles in columns:
+                total.add(cost.load_b(n, k), rows * steps * tiles)
+                total.add(cost.dots(m, n, k), rows * steps * tiles)
+        for n, tiles in columns:
+            total.add(cost.end(m, n), rows * tiles)
+    most = max(down, 1) * shape.batch  # units of work, and of how many tiles of each row block
+    tiles_of_unit = -(-across // plan.parts) if plan.resident else 1
+    most *= plan.parts if plan.resident else across
+    share = -(-most // chip.cores) * tiles_of_unit / max(down * across * shape.batch, 1)
+    m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, shape.k)
+    alone = cost.load_a(m, shape.k if plan.resident else k)
+    for work in (cost.load_b(n, k), cost.dots(m, n, k), cost.end(m, n)):
+        alone.add(work)
+    return int(total.busiest() * share * shape.batch + alone.one_after_another())
+
+
+def memory_bytes(
+    shape: MatmulShape, terms: int, plan: Float32Plan, bank: int = ALIGNMENT
+) -> tuple[int, int]:
+    """Bytes of SRAM and of ACC for the kernel's tiles; the terms of a begin and end with a bank,
+    because a matmul whose operands share one is slower."""
+
+    def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
+        return -(-nbytes // unit) * unit
+
+    bm, bn, bk = plan.bm, plan.bn, plan.bk
+    loaded = TERM_BYTES if terms == 1 else FLOAT_BYTES
+    width = max(shape.k, 1) if plan.resident else bk
+    a_terms = aligned((1 if plan.resident else PASSED) * aligned(terms * bm * width * 2), bank)
+    sram = a_terms
+    if terms > 1 or shape.transposed_a:
+        sram += LOADED * aligned(bm * bk * loaded)
+    sram += aligned(bm * bk * loaded) * shape.transposed_a
+    sram += LOADED * aligned(bn * bk * loaded)
+    sram += PASSED * terms * aligned(bn * bk * TERM_BYTES) * (terms > 1)
+    sram += 2 * aligned(bm * bn * FLOAT_BYTES) * (terms > 1)
+    sram += (PASSED + 1) * aligned(bm * bn * shape.output_bytes) + 4 * aligned(bn * FLOAT_BYTES)
+    acc = sum(PASSED * aligned(rows * bm * bn * FLOAT_BYTES) for rows in range(1, terms + 1))
+    return sram, acc
+
+
+def legal_plans(chip: Chip, shape: MatmulShape, terms: int) -> Iterator[Float32Plan]:
+    """Every plan whose tiles fit; `cycles` is not estimated yet."""
+    low, high = kernel_sram(chip)
+    bank = chip.bank_bytes("sram")
+    k_unit = max(chip.rows, DRAM_ATOM_BYTES // FLOAT_BYTES)
+    parts = sorted({1, chip.cores})
+    for bm in block_sizes(shape.m, chip.rows, 1024):
+        for bn in block_sizes(shape.n, chip.cols, 2048):
+            for bk in block_sizes(shape.k, k_unit, 4096):
+                if max(bm, bn) * bk > MAX_STEP:
+                    break
+                for resident in (False, True) if shape.fixed_k else (False,):
+                    plan = Float32Plan(resident, bm, bn, bk, 1)
+                    sram, acc = memory_bytes(shape, terms, plan, bank)
+                    if acc > chip.acc_bytes or sram > high - low:
+                        continue
+                    if not resident:
+                        yield plan
+                        continue
+                    yield from (replace(plan, parts=count) for count in parts)
+
+
+@lru_cache(maxsize=4096)
+def choose_float32_plan(chip: Chip, shape: MatmulShape, terms: int) -> Float32Plan:
+    """The cheapest legal plan. Raises CompileError for a chip without bf16 products, or when no
+    plan fits."""
+    what = f"float32 matmul {shape.m} x {shape.k} by {shape.k} x {shape.n}"
+    if "bf16" not in chip.matrix_types:
+        raise CompileError(
+            what, "it needs a matrix engine that multiplies bf16",
+            f"chip {chip.name} has {', '.join(sorted(chip.matrix_types))}", "use another chip",
+        )  # fmt: skip
+    best: Float32Plan | None = None
+    for plan in legal_plans(chip, shape, terms):
+        cycles = estimate_cycles(chip, shape, terms, plan)
+        if best is None or cycles < best.cycles:
+            best = replace(plan, cycles=cycles)
+    if best is None:
+        raise CompileError(
+            what, f"two buffers of the smallest tiles fit the SRAM of chip {chip.name}",
+            f"it has {chip.sram_bytes} bytes in {chip.sram_banks} banks",
+            "use a chip with more SRAM",
+        )  # fmt: skip
+    return best
