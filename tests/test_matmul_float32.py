@@ -267,7 +267,7 @@ def test_plans_fit_the_smallest_chip():
         shape = MatmulShape(*shape, 4, 4)
         for terms in (1, 2, 3):
             plan = choose_float32_plan(TINY, shape, terms)
-            sram, acc = memory_bytes(shape, terms, plan)
+            sram, acc = memory_bytes(TINY, shape, terms, plan)
             assert sram <= TINY.sram_bytes and acc <= TINY.acc_bytes
 
 
@@ -281,10 +281,10 @@ def test_a_chip_without_bf16():
 
 
 def test_no_plan_fits():
-    small = replace(TINY, name="small", sram_bytes=2048, sram_banks=8)
+    small = replace(EDGE, name="small", sram_bytes=4096, sram_banks=8)
     message = (
         "^float32 matmul 64 x 64 by 64 x 64: two buffers of the smallest tiles fit the SRAM of "
-        "chip small, but it has 2048 bytes in 8 banks; use a chip with more SRAM$"
+        "chip small, but it has 4096 bytes in 8 banks; use a chip with more SRAM$"
     )
     with pytest.raises(CompileError, match=message):
         choose_float32_plan(small, MatmulShape(1, 64, 64, 64, 4, 4), 3)

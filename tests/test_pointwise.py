@@ -57,23 +57,23 @@ def spread(low, high, count=40000):
 ERFC = np.vectorize(math.erfc, otypes=[np.float64])
 ERF = np.vectorize(math.erf, otypes=[np.float64])
 UNARY = {
-    "exp": (np.exp, (-104, 89), 3),
-    "expm1": (np.expm1, (-20, 89), 4),
-    "log": (np.log, (1e-38, 3e38), 3.5),
-    "log10": (np.log10, (1e-38, 3e38), 4),
-    "log1p": (np.log1p, (-0.999, 1e30), 4),
-    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), (-87, 100), 6),
-    "tanh": (np.tanh, (-12, 12), 4),
+    "exp": (np.exp, (-104, 89), 2),
+    "expm1": (np.expm1, (-20, 89), 3),
+    "log": (np.log, (1e-38, 3e38), 2),
+    "log10": (np.log10, (1e-38, 3e38), 2),
+    "log1p": (np.log1p, (-0.999, 1e30), 2),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), (-87, 100), 4),
+    "tanh": (np.tanh, (-12, 12), 2),
     "sinh": (np.sinh, (-89, 89), 8),
     "cosh": (np.cosh, (-89, 89), 8),
-    "sin": (np.sin, (-3, 3), 4),
-    "cos": (np.cos, (-1.5, 1.5), 4),
-    "tan": (np.tan, (-1.5, 1.5), 6),
-    "asin": (np.arcsin, (-1, 1), 4),
-    "acos": (np.arccos, (-1, 1), 6),
-    "atan": (np.arctan, (-1e6, 1e6), 4),
-    "erf": (ERF, (-5, 5), 4),
-    "erfc": (ERFC, (-5, 9), 12),
+    "sin": (np.sin, (-3, 3), 3),
+    "cos": (np.cos, (-1.5, 1.5), 3),
+    "tan": (np.tan, (-1.5, 1.5), 4),
+    "asin": (np.arcsin, (-1, 1), 3),
+    "acos": (np.arccos, (-1, 1), 2),
+    "atan": (np.arctan, (-1e6, 1e6), 2),
+    "erf": (ERF, (-5, 5), 3),
+    "erfc": (ERFC, (-5, 9), 8),
     "rsqrt": (lambda x: 1 / np.sqrt(x), (1e-38, 3e38), 2),
     "reciprocal": (lambda x: 1 / x, (-1e30, 1e30), 2),
 }
@@ -92,8 +92,8 @@ def test_unary_error(name):
 @pytest.mark.parametrize("name", ["sin", "cos"])
 def test_large_angles(name):
     x = spread(-1e5, 1e5)
-    exact = getattr(np, name)(x.astype(np.float64))
-    assert np.abs(run(name, x) - exact).max() <= 2.5e-7
+    exact, found = getattr(np, name)(x.astype(np.float64)), run(name, x)
+    assert np.minimum(ulps(found, exact) / 3, np.abs(found - exact) / 2e-10).max() <= 1
 
 
 INF, NAN = np.float32(np.inf), np.float32(np.nan)
@@ -154,7 +154,7 @@ def test_atan2():
     y, x = spread(-10, 10), spread(-10, 10)
     RANDOM.shuffle(x)
     exact = np.arctan2(y.astype(np.float64), x.astype(np.float64))
-    assert ulps(run("atan2", y, x), exact).max() <= 6
+    assert ulps(run("atan2", y, x), exact).max() <= 4
     zero = np.array([0.0, 0.0, -0.0, INF], np.float32)
     other = np.array([1.0, -1.0, -1.0, INF], np.float32)
     np.testing.assert_allclose(run("atan2", zero, other), np.arctan2(zero, other), rtol=2e-7)

@@ -31,7 +31,7 @@ from pagoda.kernels.matmul import build_matmul
 
 LARGEST_SIZE = 1 << 20
 DTYPES = {"bf16": DType.BF16, "int8": DType.I8, "f32": DType.F32}
-_REFERENCE_ELEMENTS = 1 << 20
+_REFERENCE_ELEMENTS = 1 << 18
 _NEST_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 # bf16 is kept as bit patterns: numpy has no such type.
 STORAGE = {DType.BF16: np.uint16, DType.F32: np.float32, DType.I8: np.int8, DType.I32: np.int32}

@@ -1,18 +1,15 @@
 """Elementary functions of float32 as compositions of the chip's element-wise functions.
 
-Error bounds (ulp of the result, against
-the exact value; subnormal results count in units of the smallest subnormal):
+Error bounds, in ulp of the result against the exact value (subnormal results count in units of the
+smallest subnormal):
 
-    exact rounding   add sub mul div fma sqrt floor ceil trunc round minimum maximum abs neg
-    2                exp2 log2 reciprocal rsqrt (the chip's tables)
-    3                exp log
-    4                expm1 log1p log10 sin cos atan asin tanh erf sinh cosh pow
-    6                sigmoid acos tan atan2
-    12               erfc (while the result is normal)
+    2   exp log log10 log1p tanh acos atan, and the chip's own tables (exp2, log2, ...)
+    3   expm1 sin cos asin erf
+    4   sigmoid tan pow atan2
+    8   sinh cosh erfc
 
-sin, cos and tan subtract multiples of pi in three parts: for |x| <= 1e5 the error is at most the
-bound above or 2e-12, whichever is greater; the error grows with |x| beyond. `remainder`, `fmod` and
-`floordiv` of floats are exact while the quotient is below 2^22 in magnitude.
+sin, cos and tan subtract multiples of pi in three parts: up to |x| = 1e5 the error is within the
+bound or below 2e-10, whichever is greater; it grows with |x| beyond.
 
 Polynomials are weighted least-squares fits on Chebyshev points that were reweighted to an even
 relative error.

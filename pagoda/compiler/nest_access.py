@@ -19,6 +19,7 @@ hide that; nothing else can.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 from pagoda.compiler.errors import CompileError
@@ -268,7 +269,7 @@ class Accesses:
             self.b.gather(tile, Access(name, start, Int(size)), index, rows, cols)
         else:
             index = self._index_tile(op.index, op.mask, shape)
-            with self._each_row(rows) as row:
+            with self.b.loop("row", 0, rows) as row:
                 single = self.b.tile(dtype, frame.max_cols, 1, name=f"{name}_elements")
                 access = Access(name, ZERO, Int(size))
                 self.b.gather(single, access, View(index.tile, row), cols, 1)
@@ -279,9 +280,6 @@ class Accesses:
             wanted = frame.operand(frame.values[op.mask], shape)
             found = frame.keep(apply("select", wanted, found, other), shape)
         return Value(found, shape)
-
-    def _each_row(self, rows: Scalar):
-        return self.b.loop("row", 0, rows)
 
     # Stores --------------------------------------------------------------------------------------
 
@@ -371,7 +369,7 @@ class Accesses:
             return
         index = self._index_tile(op.index, None, shape)
         access = Access(name, ZERO, Int(size))
-        with self._each_row(rows) as row:
+        with self.b.loop("row", 0, rows) as row:
             single = self.b.tile(source.tile.dtype, frame.max_cols, 1, name=f"{name}_elements")
             self.b.transpose(single, View(source.tile, row), 1, cols)
             view = View(index.tile, row)
@@ -380,7 +378,5 @@ class Accesses:
 
 def _bfloat16(value: float) -> float:
     """A float32 with the lower half of its bits dropped: equal to it where bfloat16 is exact."""
-    import struct
-
     bits = struct.unpack("<I", struct.pack("<f", round_to_float32(value)))[0]
     return struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0]

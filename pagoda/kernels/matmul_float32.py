@@ -66,6 +66,7 @@ from pagoda.kernels.matmul_float32_blocks import (
     PASSED,
     Float32Plan,
     choose_float32_plan,
+    sums,
 )
 
 FIRST_TERM_SCALE = 1 - 2.0**-9
@@ -187,7 +188,7 @@ class _Product:
             rows = self._span("row", (block - g * down) * plan.bm, self.m, plan.bm)
             fixed = self.a.tensor.sizes[2]
             assert fixed is not None, "resident rows have a compile-time length"
-            stack = self._a_terms(max(fixed, 1), None)
+            stack = self._a_terms(max(fixed, 1), 1)
             with self._depths() as depth:
                 self._split_a(stack, g, rows, depth, depth.start)
             first, step = b.let("first", part * plan.bn), plan.parts * plan.bn
@@ -212,7 +213,7 @@ class _Product:
 
     # Operands ------------------------------------------------------------------------------------
 
-    def _a_terms(self, cols: int, buffers: int | None) -> Tile:
+    def _a_terms(self, cols: int, buffers: int) -> Tile:
         rows = self.terms * self.plan.bm
         return self.b.tile(DType.BF16, rows, cols, name="a_terms", buffers=buffers)
 
@@ -285,34 +286,34 @@ class _Product:
 
     # Sums ----------------------------------------------------------------------------------------
 
-    def _accumulators(self) -> list[Tile]:
-        """One per term of b: the sums with the terms of a stacked like those."""
-        plan = self.plan
-        return [
-            self.b.tile(
-                DType.F32, (self.terms - term) * plan.bm, plan.bn, name=f"sums{term}", memory="acc"
-            )
-            for term in range(self.terms)
-        ]
+    def _accumulators(self) -> Tile:
+        """For each term of b the sums with the terms of a, stacked like those; all stacked."""
+        rows = sums(self.terms) * self.plan.bm
+        return self.b.tile(DType.F32, rows, self.plan.bn, name="sums", memory="acc")
+
+    def _sum(self, acc: Tile, i: int, j: int, rows: _Span) -> View:
+        """Where p_ij is; the sums with b_j follow those with b_0, ..., b_j-1."""
+        before = sums(self.terms) - sums(self.terms - j)
+        return acc.view(rows.count * (before + i))
 
     def _dots(
-        self, acc: list[Tile], stack: Tile, col: Scalar, b_terms: list[Tile],
+        self, acc: Tile, stack: Tile, col: Scalar, b_terms: list[Tile],
         rows: _Span, columns: _Span, depth: _Span,
     ) -> None:  # fmt: skip
-        for term, (sums, b_term) in enumerate(zip(acc, b_terms, strict=True)):
+        for term, b_term in enumerate(b_terms):
             self.b.dot(
-                sums, stack.view(0, col), b_term,
+                self._sum(acc, 0, term, rows), stack.view(0, col), b_term,
                 rows.count * (self.terms - term), columns.count, depth.count,
                 accumulate=depth.start.ne(0), transpose_b=self.layouts["b"] == "turned",
             )  # fmt: skip
 
-    def _finish(self, acc: list[Tile], g: Scalar, rows: _Span, columns: _Span) -> None:
+    def _finish(self, acc: Tile, g: Scalar, rows: _Span, columns: _Span) -> None:
         """Adds the sums of an output tile up and stores it."""
         b, shape = self.b, (rows.count, columns.count)
         extents = self.plan.bm, self.plan.bn
 
         def p(i: int, j: int) -> Read:
-            return Read(acc[j].view(rows.count * i))
+            return Read(self._sum(acc, i, j, rows))
 
         total: Tree = p(0, 0)
         if self.terms > 1:

@@ -135,9 +135,10 @@ def _pieces(extent: int, block: int) -> list[tuple[int, int]]:
 def estimate_cycles(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Plan) -> int:
     """Estimated cycles of the busiest core, launch excluded."""
     cost, total = _Cost(chip, shape, terms), _Work()
-    down, across = -(-shape.m // plan.bm), max(-(-shape.n // plan.bn), 1)
+    across = max(-(-shape.n // plan.bn), 1)
     columns, depths = _pieces(shape.n, plan.bn), _pieces(shape.k, plan.bk)
     a_loads = min(plan.parts, across) if plan.resident else across
+    drained = 0.0
     for m, rows in _pieces(shape.m, plan.bm):
         for k, steps in depths:
             total.add(cost.load_a(m, k), rows * steps * a_loads)
@@ -145,47 +146,69 @@ def estimate_cycles(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Pla
                 total.add(cost.load_b(n, k), rows * steps * tiles)
                 total.add(cost.dots(m, n, k), rows * steps * tiles)
         for n, tiles in columns:
-            total.add(cost.end(m, n), rows * tiles)
-    most = max(down, 1) * shape.batch  # units of work, and of how many tiles of each row block
+            end, k = cost.end(m, n), depths[-1][0]
+            total.add(end, rows * tiles)
+            if terms > 1:
+                split = cost.load_b(n, k).vector + (0 if plan.resident else cost.load_a(m, k).vector)
+                drained += rows * tiles * min(cost.dots(m, n, k).matrix, split)
+                drained += rows * tiles * (end.vector + chip.psum_latency)
+    # The unit of work that a core takes as a whole, and how many of what was summed up it is.
+    down = -(-shape.m // plan.bm)
+    units = shape.batch * max(down, 1) * (plan.parts if plan.resident else across)
     tiles_of_unit = -(-across // plan.parts) if plan.resident else 1
-    most *= plan.parts if plan.resident else across
-    share = -(-most // chip.cores) * tiles_of_unit / max(down * across * shape.batch, 1)
+    share = -(-units // chip.cores) * tiles_of_unit / max(down * across, 1)
     m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, shape.k)
     alone = cost.load_a(m, shape.k if plan.resident else k)
     for work in (cost.load_b(n, k), cost.dots(m, n, k), cost.end(m, n)):
         alone.add(work)
-    return int(total.busiest() * share * shape.batch + alone.one_after_another())
+    if terms > 1 and not _fits(chip, shape, terms, plan, apart=True):
+        total.matrix += total.vector  # they wait for each other
+    return int((total.busiest() + drained) * share + alone.one_after_another())
 
 
 def memory_bytes(
-    shape: MatmulShape, terms: int, plan: Float32Plan, bank: int = ALIGNMENT
+    chip: Chip, shape: MatmulShape, terms: int, plan: Float32Plan, apart: bool = False
 ) -> tuple[int, int]:
-    """Bytes of SRAM and of ACC for the kernel's tiles; the terms of a begin and end with a bank,
-    because a matmul whose operands share one is slower."""
+    """Bytes of SRAM and of ACC for all buffers of the kernel's tiles. apart: with what the vector
+    engine reads in other banks than what the matrix engine reads at the same time, so that they
+    never wait for each other's bank port."""
 
-    def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
-        return -(-nbytes // unit) * unit
+    def size(rows: int, cols: int, element: int, buffers: int = 1) -> int:
+        unit = bank if apart and buffers > 1 else ALIGNMENT
+        return buffers * -(-rows * cols * element // unit) * unit
 
-    bm, bn, bk = plan.bm, plan.bn, plan.bk
+    def banks(nbytes: int) -> int:
+        return -(-nbytes // bank) * bank if apart else nbytes
+
+    bank, bm, bn, bk = chip.bank_bytes("sram"), plan.bm, plan.bn, plan.bk
     loaded = TERM_BYTES if terms == 1 else FLOAT_BYTES
-    width = max(shape.k, 1) if plan.resident else bk
-    a_terms = aligned((1 if plan.resident else PASSED) * aligned(terms * bm * width * 2), bank)
-    sram = a_terms
+    a_terms = size(terms * bm, max(shape.k, 1), TERM_BYTES)
+    if not plan.resident:
+        a_terms = size(terms * bm, bk, TERM_BYTES, PASSED)
+    read_once = LOADED * size(bn, bk, loaded)
     if terms > 1 or shape.transposed_a:
-        sram += LOADED * aligned(bm * bk * loaded)
-    sram += aligned(bm * bk * loaded) * shape.transposed_a
-    sram += LOADED * aligned(bn * bk * loaded)
-    sram += PASSED * terms * aligned(bn * bk * TERM_BYTES) * (terms > 1)
-    sram += 2 * aligned(bm * bn * FLOAT_BYTES) * (terms > 1)
-    sram += (PASSED + 1) * aligned(bm * bn * shape.output_bytes) + 4 * aligned(bn * FLOAT_BYTES)
-    acc = sum(PASSED * aligned(rows * bm * bn * FLOAT_BYTES) for rows in range(1, terms + 1))
-    return sram, acc
+        read_once += (LOADED + shape.transposed_a) * size(bm, bk, loaded)
+    read_once += (PASSED + 1) * size(bm, bn, shape.output_bytes)
+    read_once += PASSED * size(1, bn, FLOAT_BYTES) * shape.bias
+    sram = banks(a_terms)
+    if terms > 1:
+        read_once += 2 * size(bm, bn, FLOAT_BYTES)
+        sram += (terms - 1) * size(bn, bk, TERM_BYTES, PASSED)
+        sram += PASSED * size(bn, bk, TERM_BYTES)  # the last ones: only matmuls read them
+    sram += banks(read_once)
+    acc_unit = chip.bank_bytes("acc") if apart else ALIGNMENT
+    acc = -(-sums(terms) * bm * bn * FLOAT_BYTES // acc_unit) * acc_unit
+    return sram, PASSED * acc
+
+
+def _fits(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Plan, apart: bool) -> bool:
+    low, high = kernel_sram(chip)
+    sram, acc = memory_bytes(chip, shape, terms, plan, apart)
+    return sram <= high - low and acc <= chip.acc_bytes
 
 
 def legal_plans(chip: Chip, shape: MatmulShape, terms: int) -> Iterator[Float32Plan]:
     """Every plan whose tiles fit; `cycles` is not estimated yet."""
-    low, high = kernel_sram(chip)
-    bank = chip.bank_bytes("sram")
     k_unit = max(chip.rows, DRAM_ATOM_BYTES // FLOAT_BYTES)
     parts = sorted({1, chip.cores})
     for bm in block_sizes(shape.m, chip.rows, 1024):
@@ -195,8 +218,7 @@ def legal_plans(chip: Chip, shape: MatmulShape, terms: int) -> Iterator[Float32P
                     break
                 for resident in (False, True) if shape.fixed_k else (False,):
                     plan = Float32Plan(resident, bm, bn, bk, 1)
-                    sram, acc = memory_bytes(shape, terms, plan, bank)
-                    if acc > chip.acc_bytes or sram > high - low:
+                    if not _fits(chip, shape, terms, plan, apart=False):
                         continue
                     if not resident:
                         yield plan

@@ -82,7 +82,9 @@ class KVCache(Cache):
         ]
         super().__init__(layers=[KVLayer(keys, values) for keys, values in pairs])
 
-    @staticmethod
-    def over(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> Cache:
-        """A cache over existing (keys, values) buffers that hold `length` positions."""
-        return Cache(layers=[KVLayer(keys, values, length) for keys, values in buffers])
+    @classmethod
+    def of(cls, layers: Sequence[KVLayer]) -> KVCache:
+        """A cache of layers that exist."""
+        made = cls.__new__(cls)
+        Cache.__init__(made, layers=list(layers))
+        return made

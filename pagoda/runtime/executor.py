@@ -68,7 +68,7 @@ class _CallList:
         positions, buffers = self._slot_words
         words[positions] = slot_of[buffers]
         positions, buffers = self._offset_words
-        words[positions] = relative[buffers]
+        words[positions] += relative[buffers]
         for expression, at in self._symbolic:
             words[at] += np.uint32(int(expression.evaluate(symbols)) & _WORD)
         return words
