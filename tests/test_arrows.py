@@ -21,7 +21,7 @@ MAY_IMPORT = {  # from the ground up: a storey stands only on storeys above it i
     "kernels": "isa compiler",
     "runtime": "isa sim compiler",
     "pytorch": "isa sim compiler kernels runtime",
-    "llm": "pytorch",
+    "llm": "isa compiler runtime pytorch",
     "cli": "isa chip sim compiler kernels runtime pytorch llm",
 }
 OWNERS = {

@@ -28,7 +28,7 @@ _SUMMARIES = {
     "asm": "RV32 assembly",
 }
 _DTYPES = {dtype.name.lower(): dtype for dtype in DType}
-_TENSOR_FORM = "DTYPE:SIZExSIZE..., for example bf16:Nx64, where a capital letter is a run-time size"
+_TENSOR_FORM = "DTYPE:SIZExSIZE..., like bf16:Nx64, where a capital letter is a run-time size"
 
 
 def _from_library(name: str, settings: Sequence[str], chip: Chip) -> Kernel:

@@ -93,4 +93,4 @@ def isa(names: tuple[str, ...], decode: bool) -> None:
         for name in names:
             _show(name)
     else:
-        click.echo_via_pager(manual())
+        click.echo_via_pager(manual().rstrip("\n"))

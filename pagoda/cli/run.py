@@ -171,7 +171,7 @@ def _report(found: dict, verdict: Verdict) -> None:
         total = row["busy"] + sum(row[cause] for cause in IDLE)
         shares = [f"{row[key] / max(total, 1):.0%}" for key in ("busy", *IDLE)]
         table.add_row(engine, f"{row['commands']:,}", *shares)
-    click.echo("Where each engine's cycles went: busy, or idle because of")
+    click.echo("Each engine's cycles: busy, or idle by what its next command waited for last")
     Console().print(table)
 
 

@@ -1,9 +1,11 @@
-"""Where the cycles of a launch went: each engine's, by what its next command waited for.
+"""Where the cycles of a launch went: each engine's, by what its next command waited for last.
 
 An engine is busy from a command's start until it is free again. The gap before a command is split:
 up to the cycle in which the command could first have started it counts as `launch` (before the
 first instruction) or `issue` (the control core had not issued it: it computed, or the window was
-full), the rest goes to the command's stall cause. What follows the last command is `end`.
+full), all the rest goes to the command's stall cause in the trace, the last thing it waited for:
+a command that waited long for data and then one cycle for the start slot counts as `start slot`.
+What follows the last command is `end`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a region's `mm`, `bmm` or `addmm` step to the matmul kernel and what it is called with."""
+"""From a region's `mm`, `bmm` or `addmm` step to a matmul kernel and what it is called with."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
 from pagoda.kernels.matmul import build_matmul
+from pagoda.kernels.matmul_float32 import build_matmul_float32
 
-_OPERANDS = {"bfloat16": DType.BF16, "int8": DType.I8}
-_RESULTS = {"bfloat16": DType.BF16, "float32": DType.F32, "int32": DType.I32}
+_OPERANDS = {"bfloat16": DType.BF16, "float32": DType.F32, "int8": DType.I8}
+_FLOATS = {"bfloat16": DType.BF16, "float32": DType.F32}
+_INTS = {"int32": DType.I32}
 
 
 def matmul_for(
-    call: KernelCall, chip: Chip, symbols: Mapping[str, int]
+    call: KernelCall, chip: Chip, symbols: Mapping[str, int], terms: int = 3
 ) -> tuple[Kernel, dict[str, View]]:
     """The kernel for a step and a view per tensor of it.
 
-    symbols: sizes to choose the blocks for. Raises CompileError for what the kernel does not take.
+    Operands are bfloat16 or float32 (then results and bias are one of these) or int8 (then int32).
+    symbols: sizes to choose the blocks for. terms: how many bf16 terms float32 operands are split
+    into (`float32.TERMS`). Raises CompileError for what the kernels do not take.
     """
     name = call.kernel.name
     out, *rest = call.args
@@ -33,24 +37,31 @@ def matmul_for(
         bias, *rest = rest
         if (call.kernel.attribute("alpha"), call.kernel.attribute("beta")) != (1, 1):
             raise CompileError(
-                "addmm", "alpha and beta are 1", f"they are {call.kernel}",
+                "addmm", "alpha and beta are 1", f"the call is {call.kernel}",
                 "scale the result or the bias in an operation of its own",
             )  # fmt: skip
         bias = _bias_row(bias)
     views = dict(zip(("c", "a", "b"), (_rank_3(v) for v in (out, *rest)), strict=True))
-    c, a, b = (_type(name, views[v], _RESULTS if v == "c" else _OPERANDS) for v in "cab")
+    if bias is not None:
+        views["bias"] = bias
+    types = {v: _type(name, views[v], _OPERANDS, "operands") for v in "ab"}
+    a, b = types["a"], types["b"]
     if a.dtype != b.dtype:
         raise CompileError(
-            name, "both operands have one dtype", f"they are {a.dtype.name} and {b.dtype.name}",
-            "convert one of them",
+            name, "both operands have one dtype",
+            f"they are {views['a'].dtype} and {views['b'].dtype}", "convert one of them",
         )  # fmt: skip
+    allowed = _FLOATS if a.dtype.is_float else _INTS
+    for v in [v for v in views if v not in types]:
+        what = f"result and bias for {views['a'].dtype} operands"
+        types[v] = _type(name, views[v], allowed, what)
     sizes = (*views["c"].sizes, views["a"].sizes[2])
-    kernel = build_matmul(
-        chip, c, a, b,
-        None if bias is None else _type(name, bias, _RESULTS),
-        expected=tuple(size.evaluate(symbols) for size in sizes),
-    )  # fmt: skip
-    return kernel, views if bias is None else {**views, "bias": bias}
+    expected = tuple(size.evaluate(symbols) for size in sizes)
+    if a.dtype is DType.F32:
+        kernel = build_matmul_float32(chip, **types, terms=terms, expected=expected)
+    else:
+        kernel = build_matmul(chip, **types, expected=expected)
+    return kernel, views
 
 
 def _rank_3(view: View) -> View:
@@ -69,17 +80,18 @@ def _bias_row(view: View) -> View:
     if len(view.sizes) == 2:
         if view.strides[0] != Const(0) and view.sizes[0] != Const(1):
             raise CompileError(
-                "addmm", "the bias is one row", f"it is a matrix with strides {view.strides}",
+                "addmm", "the bias is one row, repeated",
+                f"it is a matrix with strides {', '.join(map(str, view.strides))}",
                 "add it in an operation of its own",
             )  # fmt: skip
         view = replace(view, sizes=view.sizes[1:], strides=view.strides[1:])
     return view
 
 
-def _type(name: str, view: View, allowed: dict[str, DType]) -> TensorType:
+def _type(name: str, view: View, allowed: dict[str, DType], what: str) -> TensorType:
     if view.dtype not in allowed:
         raise CompileError(
-            name, f"its tensors are {' or '.join(allowed)}", f"one is {view.dtype}",
+            name, f"its {what} are {' or '.join(allowed)}", f"one is {view.dtype}",
             "convert it first",
         )  # fmt: skip
     return TensorType(
