@@ -87,13 +87,27 @@ def test_python_file(tmp_path):
         ("a.toml", 'base = "edge"\nrowz = 3\n', "unknown field 'rowz'; the fields are acc_banks"),
         ("a.toml", 'base = "egde"\n', "base = 'egde': unknown; presets are tiny, tiny8, edge"),
         ("a.toml", "rows = 16\n", "missing field 'acc_bytes'; give it, or start from a preset"),
+        ("a.toml", 'base = "edge"\nmatrix_types = 5\n', None),
+        ("a.py", "1 / 0\n", "it stopped with ZeroDivisionError: division by zero; fix that line"),
         ("a.py", "chip = 3\n", "defines no `chip`; end it with `chip = pagoda.isa.Chip(...)`"),
     ],
 )
 def test_bad_chip_files(tmp_path, file, text, message):
     path = tmp_path / file
     path.write_text(text)
-    with pytest.raises(ChipError, match=re.escape(f"chip file {path}: {message}")):
+    message = (
+        "chip 'a': matrix_types = 5: must be a list; for example [\"bf16\", \"int8\"]"
+        if message is None
+        else f"chip file {path}: {message}"
+    )
+    with pytest.raises(ChipError, match=re.escape(message)):
+        load_chip(str(path))
+
+
+def test_file_that_is_no_text(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ChipError, match="not valid TOML .*; fix that line"):
         load_chip(str(path))
 
 

@@ -525,7 +525,7 @@ def test_run_wrong_usage(pagoda, words, message):
         (
             ["softmax", "rows=2000", "cols=512", "--chip", "small.toml"],
             (
-                "device memory is full: 2,048,000 bytes asked for, 1,048,576 of 1,048,576 free "
+                "device memory is full: 2,048,000 bytes asked for, 1,048,512 of 1,048,512 free "
                 "(largest piece 1,048,512); free tensors, use a smaller batch or sequence, or "
                 "choose a chip with more DRAM"
             ),

@@ -86,7 +86,9 @@ def test_mm_of_every_layout(dtype, of_a, of_b):
 
 
 @FLOATS
-@pytest.mark.parametrize("sizes", [(1, 9, 7), (5, 1, 7), (5, 9, 1), (1, 1, 7), (1, 9, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 9, 7), (5, 1, 7), (5, 9, 1), (1, 1, 7), (1, 9, 1), (1, 1, 1)], ids=str
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_extents_of_one(dtype, sizes, layout):
     m, k, n = sizes
@@ -138,7 +140,7 @@ def test_terms_decide_the_accuracy():
         np.abs(run("mm", np.zeros((8, 8), np.float32), a, b, terms=terms) - exact).max()
         for terms in (1, 2, 3)
     ]
-    assert 1e-6 > errors[2] and 1e-3 > errors[1] > 10 * errors[2] and errors[0] > 10 * errors[1]
+    assert errors[2] < 4e-6 < 10 * errors[2] < errors[1] < 1e-3 < errors[0]
 
 
 @FLOATS

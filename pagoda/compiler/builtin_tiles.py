@@ -63,7 +63,7 @@ class Iteration:
     def room(self, variable: Scalar) -> Scalar:
         """Indices of the iteration that starts at `variable`, a multiple of the block."""
         stop, block = self.stop, self.block or 1
-        if isinstance(stop, Int) and stop.value % block == 0:
+        if isinstance(stop, Int) and stop.value and stop.value % block == 0:
             return Int(block)
         return minimum(block, stop - variable)
 

@@ -48,8 +48,8 @@ class Chip:
     acc_banks: int = 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix_types", tuple(self.matrix_types))
         self._check_types()
+        object.__setattr__(self, "matrix_types", tuple(self.matrix_types))
         bandwidth = Fraction(self.dram_bytes_per_cycle).limit_denominator(1000)
         object.__setattr__(self, "dram_bytes_per_cycle", bandwidth)
         self._check_ranges()
@@ -66,6 +66,8 @@ class Chip:
             value = getattr(self, field.name)
             if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
                 self._refuse(field.name, "must be a whole number", "write it without a fraction")
+        if not isinstance(self.matrix_types, (tuple, list)):
+            self._refuse("matrix_types", "must be a list", 'for example ["bf16", "int8"]')
         if isinstance(self.dram_bytes_per_cycle, bool) or not isinstance(
             self.dram_bytes_per_cycle, (int, float, Fraction)
         ):
@@ -209,21 +211,32 @@ def load_chip(name_or_path: str) -> Chip:
         )
     try:
         if path.suffix == ".py":
-            found = runpy.run_path(str(path)).get("chip")
+            found = _run(path).get("chip")
             if not isinstance(found, Chip):
                 raise ChipError(
                     f"chip file {path}: defines no `chip`; "
                     "end it with `chip = pagoda.isa.Chip(...)`"
                 )
             return found
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ChipError(
             f"chip file {path}: cannot be read ({error.strerror}); check the path"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ChipError(f"chip file {path}: not valid TOML ({error}); fix that line") from error
     return _from_table(path, table)
+
+
+def _run(path: Path) -> dict[str, object]:
+    try:
+        return runpy.run_path(str(path))
+    except OSError:
+        raise
+    except Exception as error:
+        raise ChipError(
+            f"chip file {path}: it stopped with {type(error).__name__}: {error}; fix that line"
+        ) from error
 
 
 def _from_table(path: Path, table: dict[str, object]) -> Chip:

@@ -135,11 +135,10 @@ def _pieces(extent: int, block: int) -> list[tuple[int, int]]:
 
 def estimate_cycles(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Plan) -> int:
     """Estimated cycles of the busiest core, launch excluded."""
-    cost, total = _Cost(chip, shape, terms), _Work()
+    cost, total, drained = _Cost(chip, shape, terms), _Work(), 0.0
     across = max(-(-shape.n // plan.bn), 1)
     columns, depths = _pieces(shape.n, plan.bn), _pieces(shape.k, plan.bk)
     a_loads = min(plan.parts, across) if plan.resident else across
-    drained = 0.0
     for m, rows in _pieces(shape.m, plan.bm):
         for k, steps in depths:
             total.add(cost.load_a(m, k), rows * steps * a_loads)
@@ -147,25 +146,27 @@ def estimate_cycles(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Pla
                 total.add(cost.load_b(n, k), rows * steps * tiles)
                 total.add(cost.dots(m, n, k), rows * steps * tiles)
         for n, tiles in columns:
-            end, k = cost.end(m, n), depths[-1][0]
+            end, last = cost.end(m, n), depths[-1][0]
             total.add(end, rows * tiles)
             if terms > 1:
-                split = cost.load_b(n, k).vector + (0 if plan.resident else cost.load_a(m, k).vector)
-                drained += rows * tiles * min(cost.dots(m, n, k).matrix, split)
-                drained += rows * tiles * (end.vector + chip.psum_latency)
-    # The unit of work that a core takes as a whole, and how many of what was summed up it is.
-    down = -(-shape.m // plan.bm)
-    units = shape.batch * max(down, 1) * (plan.parts if plan.resident else across)
-    tiles_of_unit = -(-across // plan.parts) if plan.resident else 1
-    share = -(-units // chip.cores) * tiles_of_unit / max(down * across, 1)
-    m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, shape.k)
-    alone = cost.load_a(m, shape.k if plan.resident else k)
-    for work in (cost.load_b(n, k), cost.dots(m, n, k), cost.end(m, n)):
-        alone.add(work)
+                split = cost.load_b(n, last)
+                if not plan.resident:
+                    split.add(cost.load_a(m, last))
+                alone = min(cost.dots(m, n, last).matrix, split.vector) + end.vector
+                drained += rows * tiles * (alone + chip.psum_latency)
     if terms > 1 and not _fits(chip, shape, terms, plan, apart=True):
         total.vector *= CROWDED
         total.dram *= CROWDED
-    return int((total.busiest() + drained) * share + alone.one_after_another())
+    # A core takes whole units of work: a tile, or a row block's share of `parts`.
+    down = max(-(-shape.m // plan.bm), 1)
+    units = shape.batch * down * (plan.parts if plan.resident else across)
+    tiles_of_unit = -(-across // plan.parts) if plan.resident else 1
+    busiest = -(-units // chip.cores) * tiles_of_unit / (down * across)
+    m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, shape.k)
+    first = cost.load_a(m, shape.k if plan.resident else k)
+    for work in (cost.load_b(n, k), cost.dots(m, n, k), cost.end(m, n)):
+        first.add(work)
+    return int((total.busiest() + drained) * busiest + first.one_after_another())
 
 
 def memory_bytes(

@@ -34,6 +34,7 @@ DECODE_POSITION = 256
 CAPACITY = 2048  # positions of the cache, unless the model's context is shorter
 
 _PACKAGES = ("torch", "transformers", "llvmlite", "numpy")
+_STOREYS = ("isa", "compiler", "kernels", "pytorch", "llm")  # whose code shapes programs
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ def key(config: dict[str, Any], capacity: int, chip: Chip) -> str:
 
 @cache
 def _sources() -> str:
-    """SHA-256 of all of Pagoda's Python files."""
+    """SHA-256 of the Python files that shape programs."""
     package = Path(pagoda.__file__).parent
     total = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(path for storey in _STOREYS for path in (package / storey).rglob("*.py")):
         total.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()

@@ -18,7 +18,7 @@ class Allocator:
 
     def __init__(self, size: int, first: int = 0) -> None:
         """Manages the addresses from `first` (inclusive) to `size` (exclusive)."""
-        self.size = size
+        self.size = size - first
         self.allocated = 0  # bytes handed out, rounded up to atoms
         self.peak = 0
         self._used: dict[int, int] = {}

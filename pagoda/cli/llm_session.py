@@ -1,0 +1,59 @@
+"""Opening a language model on a simulated chip, every wait shown: for `chat` and `bench llm`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pagoda.compiler.cache import Cache, default_directory
+from pagoda.isa.chip import Chip
+from pagoda.llm import ModelFile, Tokenizer, find_weights
+from pagoda.llm.chip_session import ChipSession
+from pagoda.llm.compiled import compile_model
+from pagoda.runtime import Device
+
+
+def open_session(
+    path: Path | None, chip: Chip, console: Console
+) -> tuple[ChipSession, Tokenizer, ModelFile]:
+    """A session with the model in a GGUF file; None is SmolLM2-135M-Instruct from its package.
+
+    Raises ModelError, CompileError, OutOfDeviceMemory.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading the model file", total=None)
+        file = ModelFile(path if path is not None else find_weights())
+        tokenizer = Tokenizer(file.tokenizer_parts())
+        model = compile_model(
+            file.hyperparameters,
+            chip,
+            Cache(default_directory() / "code"),
+            progress=lambda stage: progress.update(task, description=_first_time(stage)),
+        )
+        progress.update(task, description=f"starting chip {chip.name}")
+        device = Device(chip)
+        progress.update(task, description="weights to the chip's memory")
+        progress.update(task, total=len(file.tensors))
+
+        def weights() -> Iterator:
+            for item in file.weights():
+                yield item
+                progress.advance(task)
+
+        return ChipSession(model, device, weights()), tokenizer, file
+
+
+def _first_time(stage: str) -> str:
+    return f"{stage} (kept for next time)"
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """A spinner while the block runs."""
+    with console.status(what):
+        yield
