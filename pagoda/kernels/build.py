@@ -17,9 +17,9 @@ from pagoda.compiler.executable import (
     SlotWord,
     Word,
 )
-from pagoda.compiler.index_expr import Expr
+from pagoda.compiler.index_expr import Const, Expr, Symbol, Var
 from pagoda.compiler.link import dispatcher_bytes, link
-from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest
+from pagoda.compiler.loop_nest import ITEMSIZE, Builder, LoopNest
 from pagoda.compiler.nest_blocks import choose_blocks
 from pagoda.compiler.nest_lowering import lower
 from pagoda.compiler.region import KernelCall, Region, View
@@ -81,6 +81,8 @@ def _prepare(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
     try:
         if isinstance(step.kernel, LoopNest):
             return _nest(step, chip, symbols)
+        if step.kernel.name == "copy":
+            return _nest(_copy(step), chip, symbols)
         if step.kernel.name == "sdpa":
             kernel, blocks = attention_for(step, chip)
             _, q, k, *_ = step.args
@@ -98,6 +100,25 @@ def _prepare(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
         f"step {step.origin!r}", "a step is a loop nest or a kernel of the library",
         f"it is {step.kernel}", "write it with operations that the library has",
     )  # fmt: skip
+
+
+def _copy(step: KernelCall) -> KernelCall:
+    """A copy between any strides, as the loop nest it is."""
+    out, source = step.args
+    builder = Builder(list(out.sizes))
+    value = builder.load("a", source.dtype, _element(source))
+    builder.store("out", out.dtype, _element(out), builder.cast(value, out.dtype))
+    nest, names, symbols = builder.build()
+    views = {"out": out, "a": source}
+    return KernelCall(
+        nest, tuple(views[n] for n in names), tuple(Symbol(s) for s in symbols), step.origin
+    )
+
+
+def _element(view: View) -> Expr:
+    """Index of the element at the iteration's position, from the view's first element."""
+    terms = (Var(d) * stride for d, stride in enumerate(view.strides))
+    return sum(terms, start=Const(0))
 
 
 def _nest(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:

@@ -4,6 +4,7 @@
 plan, with the contract's duration formulas (`isa.timing`). They work side by side, so the busiest
 decides, plus what cannot overlap: the first step, the last tile, and at the end of every output
 tile the sums, which are added up in the vector engine's queue before it splits for the next tile.
+Where the window is too small for the commands of two steps, loads and splits take turns.
 `choose_float32_plan` tries all legal plans and takes the cheapest: there are no tables of sizes.
 """
 
@@ -157,6 +158,11 @@ def estimate_cycles(chip: Chip, shape: MatmulShape, terms: int, plan: Float32Pla
     if terms > 1 and not _fits(chip, shape, terms, plan, apart=True):
         total.vector *= CROWDED
         total.dram *= CROWDED
+    commands = 2 + 3 * terms if terms > 1 else 3  # loads, splits, matmuls
+    if not plan.resident and 2 * commands > chip.window:
+        # The loads of a step enter the window when the splits of the one before are through.
+        loads = -(-shape.m // plan.bm) * across * max(-(-shape.k // plan.bk), 1)
+        total.vector += total.dram + loads * (chip.dram_latency + 8)
     # A core takes whole units of work: a tile, or a row block's share of `parts`.
     down = max(-(-shape.m // plan.bm), 1)
     units = shape.batch * down * (plan.parts if plan.resident else across)
