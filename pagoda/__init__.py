@@ -1,7 +1,63 @@
 """Pagoda: the whole AI computing stack, from the chip to the chat, in one Python package.
 
+    import pagoda, torch
+    model.to("pagoda")                     # the simulated chip "edge"; pagoda.use_chip("car")
+    model.compile(backend="pagoda")
+    with pagoda.profile() as p:
+        model.generate(...)
+    print(p)
+
 Importing this module loads nothing else: each storey is a folder of its own and is imported by
-whoever needs it (`docs/reading.md` lists them from the ground up).
+whoever needs it (`docs/reading.md` lists them from the ground up). Only if torch is there already,
+the device is registered with it; a torch imported later does that itself, if Pagoda is installed.
 """
 
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
 __version__ = "0.1.0"
+
+
+def use_chip(chip: Any = "edge") -> Any:
+    """Put the torch device "pagoda" on a new simulated chip; see `pagoda.pytorch.chip.use_chip`.
+
+    chip: name of a preset, path of a chip file, or a `Chip`. Raises ChipError.
+    """
+    from pagoda.pytorch.chip import use_chip
+
+    return use_chip(chip)
+
+
+def profile() -> AbstractContextManager[Any]:
+    """Where the chip's cycles go in the `with` block; see `pagoda.pytorch.chip.profile`."""
+    from pagoda.pytorch.chip import profile
+
+    return profile()
+
+
+def autoload() -> None:
+    """Register the device "pagoda" with torch, which calls this at the end of its own import.
+
+    A failure is a warning: whoever imports torch may not even want the device.
+    """
+    import importlib
+    import warnings
+
+    try:
+        importlib.import_module("pagoda.pytorch")
+    except Exception as problem:  # noqa: BLE001 - whatever goes wrong in our code
+        warnings.warn(
+            f'device "pagoda" is not available: {type(problem).__name__}: {problem}; torch works '
+            "without it. `import pagoda.pytorch` shows where it fails; reinstall Pagoda if need be",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+if "torch" in sys.modules:
+    autoload()

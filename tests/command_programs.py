@@ -9,6 +9,7 @@ made of `lui`, `addi`, `sw` and a few `lw`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 
 from hypothesis import strategies as st
@@ -124,6 +125,7 @@ class CommandProgram:
         printer.text(repr(self))
 
 
+@cache
 def dram_image(nbytes: int, seed: int) -> bytes:
     """DRAM contents: stretches of small floats, small integers and arbitrary bits."""
     random = Random(seed)

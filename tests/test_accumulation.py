@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_chunks_never_show(op, n, cuts, seed):
     row = row_of(op, n, seed)
     edges = [0, *sorted(min(cut, n) for cut in cuts), n]
     state = initial_state(op)
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         state = reduce_row(op, state, row[first:last], first)
     np.testing.assert_array_equal(state, reduce_row(op, initial_state(op), row, 0))
 

@@ -473,7 +473,7 @@ def test_decode_hides_behind_its_keys_and_values():
 
 
 def test_cores_share_the_work():
-    q, k, v = tensors(h=4, g=4, q=1, s=300, d=64)
+    q, k, v = tensors(h=4, g=4, q=1, s=500, d=64)
     one = replace(CAR, cores=1, dram_bytes_per_cycle=CAR.dram_share)
     _, alone = check(q, k, v, chip=one)
     _, together = check(q, k, v, chip=CAR)

@@ -38,6 +38,15 @@ def test_derived_figures_of_edge():
             {"lanes": 8},
             "lanes = 8: must be at least the array's columns (16); use 16 or more lanes",
         ),
+        (
+            {"rows": 64},
+            ("lanes = 16: a port of 4 * lanes bytes must hold one row of A (128 bytes); "
+            "use 32 or more lanes"),
+        ),
+        (
+            {"dram_latency": 0},
+            "dram_latency = 0: must be 1 to 100000; choose a value in that range",
+        ),
         ({"window": 17}, "window = 17: must be 2 to 16; choose a value in that range"),
         ({"cores": 0}, "cores = 0: must be 1 to 256; choose a value in that range"),
         ({"cores": 1.5}, "cores = 1.5: must be a whole number; write it without a fraction"),

@@ -213,7 +213,7 @@ def test_indices():
     touched = checked("gather")
     known = check_indices(touched, (0, 255, 7), SLOTS)
     assert known.ranges(0)[0] == [Range(DRAM, 0, 4095)]
-    assert known.atoms() == 3
+    assert known.dram.atoms() == 3
     for index in (256, -1):
         with pytest.raises(FaultRaised) as raised:
             check_indices(touched, (0, index), SLOTS)
@@ -249,13 +249,13 @@ def test_a_broadcast_row_is_one_row():
 
 
 def test_atoms():
-    assert checked("load", rows=1, planes=1, offset=60, cols=2).atoms() == 2
+    assert checked("load", rows=1, planes=1, offset=60, cols=2).dram.atoms() == 2
     # 6 rows of 32 bytes, none adjacent: offsets 64, 164, 264, 464, 564, 664
-    assert checked("load").atoms() == 1 + 2 + 1 + 1 + 2 + 1
-    assert checked("load", mem_row_stride=32, mem_plane_stride=96).atoms() == 3
-    assert checked("load", mem_row_stride=32, mem_plane_stride=128).atoms() == 2 + 2
-    assert checked("store", accumulate=1).atoms() == 16
-    assert checked("load", pad_above=1, pad_left=2).atoms() == 1 + 1 + 1 + 2
+    assert checked("load").dram.atoms() == 1 + 2 + 1 + 1 + 2 + 1
+    assert checked("load", mem_row_stride=32, mem_plane_stride=96).dram.atoms() == 3
+    assert checked("load", mem_row_stride=32, mem_plane_stride=128).dram.atoms() == 2 + 2
+    assert checked("store", accumulate=1).dram.atoms() == 8
+    assert checked("load", pad_above=1, pad_left=2).dram.atoms() == 1 + 1 + 1 + 2
 
 
 def test_rows_merge_from_the_inside_out():

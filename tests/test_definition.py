@@ -76,7 +76,7 @@ def test_cycles_of_one_load():
     assert row["start"] == go + 6
     slot = -(-(go + 6) // 4)  # one atom every 4 cycles; 64 bytes
     assert row["free"] == 4 * (slot + 1)
-    assert row["finish"] == row["free"] + 28
+    assert row["finish"] == row["free"] + 20 + 8 + 4
     assert row["cause"] == CAUSES.index("entry")
     assert (row["pc"], row["bank"], row["dram_bytes"]) == (4 * issue, 1, 64)
     assert result.cycles == row["finish"] + 1

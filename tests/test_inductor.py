@@ -187,6 +187,40 @@ def test_model_on_the_cpu_is_refused() -> None:
     ) in str(error.value)
 
 
+def gathered(x: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    return x[i, j] * 2
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: torch.nn.functional.unfold(x, 3, padding=1),
+        lambda x: torch.nn.functional.interpolate(x, scale_factor=2),
+        lambda x: torch.nn.functional.interpolate(x, size=(7, 5), mode="bilinear"),
+    ],
+    ids=["unfold", "nearest", "bilinear"],
+)
+@torch.enable_grad()
+def test_several_indices_from_memory_in_training(forward) -> None:
+    """Loop bodies with more than one indirect index, forward and backward."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    expected = forward(x)
+    weight = torch.randn_like(expected)
+    expected.backward(weight)
+    twin = x.detach().to(P).requires_grad_()
+    got = torch.compile(forward, backend=P)(twin)
+    got.backward(weight.to(P))
+    torch.testing.assert_close(got.detach().cpu(), expected.detach())
+    torch.testing.assert_close(twin.grad.cpu(), x.grad)
+
+
+def test_two_index_tensors() -> None:
+    x, i, j = torch.randn(4, 6), torch.randint(0, 4, (5,)), torch.randint(0, 6, (5,))
+    got = torch.compile(gathered, backend=P)(x.to(P), i.to(P), j.to(P))
+    assert torch.equal(got.cpu(), gathered(x, i, j))
+
+
 def test_unsupported_operation_is_named() -> None:
     compiled = torch.compile(lambda x: torch.linalg.inv(x) + 1, backend=P)
     with pytest.raises(Exception) as error:

@@ -153,6 +153,18 @@ def test_argmax_takes_the_first_nan_then_the_lowest_index() -> None:
     assert y.tolist() == [1, 1, 0]
 
 
+@pytest.mark.parametrize("kind", ["sum", "max", "any"])
+def test_reductions_over_no_rows(kind: str) -> None:
+    b = Builder([N, Const(3)], reduced=1)
+    row = b.load("x", "float32", I0 * 3 + I1)
+    value = b.reduce(kind, b.pointwise("ne", row, row) if kind == "any" else row)
+    b.store("y", "bool" if kind == "any" else "float32", I0, value)
+    nest, _, _ = b.build()
+    y = np.ones(1, np.float32)
+    evaluate(nest, [np.zeros(0, np.float32), y], [0])
+    assert y[0] == 1
+
+
 def test_welford_is_two_passes() -> None:
     b = Builder([Const(2), Const(5)], reduced=1)
     mean, m2, count = b.welford(b.load("x", "float32", I0 * 5 + I1))

@@ -180,27 +180,27 @@ BF16, I8, I32 = F32.astype(bfloat16), F32.astype(np.int8), F32.astype(np.int32)
     ("call", "message"),
     [
         (step("mm", F32, F32, BF16),
-         "mm: both operands have one dtype, but they are float32 and bfloat16; convert one of "
-         "them"),
+         ("mm: both operands have one dtype, but they are float32 and bfloat16; convert one of "
+         "them")),
         (step("bmm", F32[None], BF16[None], I8[None]),
          "bmm: both operands have one dtype, but they are bfloat16 and int8; convert one of them"),
         (step("mm", F32, I32, F32),
          "mm: its operands are bfloat16 or float32 or int8, but one is int32; convert it first"),
         (step("mm", I32, F32, F32),
-         "mm: its result and bias for float32 operands are bfloat16 or float32, but one is int32; "
-         "convert it first"),
+         ("mm: its result and bias for float32 operands are bfloat16 or float32, but one is int32; "
+         "convert it first")),
         (step("mm", F32, I8, I8),
-         "mm: its result and bias for int8 operands are int32, but one is float32; convert it "
-         "first"),
+         ("mm: its result and bias for int8 operands are int32, but one is float32; convert it "
+         "first")),
         (step("addmm", F32, I32[0], F32, F32),
-         "addmm: its result and bias for float32 operands are bfloat16 or float32, but one is "
-         "int32; convert it first"),
+         ("addmm: its result and bias for float32 operands are bfloat16 or float32, but one is "
+         "int32; convert it first")),
         (step("addmm", F32, F32[0], F32, F32, alpha=2),
-         "addmm: alpha and beta are 1, but the call is addmm(alpha=2, beta=1); scale the result "
-         "or the bias in an operation of its own"),
+         ("addmm: alpha and beta are 1, but the call is addmm(alpha=2, beta=1); scale the result "
+         "or the bias in an operation of its own")),
         (step("addmm", F32, F32, F32, F32),
-         "addmm: the bias is one row, repeated, but it is a matrix with strides 4, 1; add it in an "
-         "operation of its own"),
+         ("addmm: the bias is one row, repeated, but it is a matrix with strides 4, 1; add it in "
+         "an operation of its own")),
     ],
     ids=["mixed", "mixed-int8", "operand", "result", "int8-result", "bias", "alpha", "matrix"],
 )  # fmt: skip

@@ -157,6 +157,26 @@ def test_in_place_operations_change_the_tensor() -> None:
     assert alias.cpu().tolist() == [[2, 0, 6], [8, 0, 12]]
 
 
+def test_in_place_operations_of_growing_sizes() -> None:
+    for n in (6, 5, 7):
+        d = torch.arange(float(n)).to(P)
+        assert d.mul_(2).cpu().tolist() == [2.0 * i for i in range(n)]
+        assert d.add_(d).cpu().tolist() == [4.0 * i for i in range(n)]
+
+
+def test_in_place_operations_that_read_their_own_memory() -> None:
+    for n in (2, 3, 4):
+        x = torch.arange(2.0 * n).view(2, n)
+        d = x.to(P)
+        d[0] += d[1]
+        d[:, 0].mul_(d[:, 1])
+        d[:, 1:] = d[:, :-1]
+        x[0] += x[1]
+        x[:, 0].mul_(x[:, 1])
+        x[:, 1:] = x[:, :-1].clone()
+        assert torch.equal(d.cpu(), x)
+
+
 def test_growing_sizes_compile_a_few_times_only() -> None:
     eager._operations.clear()
     for n in range(2, 12):

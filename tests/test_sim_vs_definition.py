@@ -1,19 +1,29 @@
-"""The simulator against the definition: bits, cycles, faults, counters and traces are equal."""
+"""The simulator against the definition: bits, cycles, faults, counters and traces are equal.
 
+Every run tries some thousand random command programs. The slow test tries PAGODA_FUZZ_PROGRAMS of
+them, a hundred thousand unless told otherwise, with seeds from PAGODA_FUZZ_SEED on; `pytest -m slow
+tests/test_sim_vs_definition.py` runs nothing else.
+"""
+
+import os
 from dataclasses import replace
+from fractions import Fraction
 from random import Random
 
+import numba
 import numpy as np
 import pytest
 from command_programs import CORE_STEP, Assembler, CommandProgram, programs
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from pagoda.isa import timing
 from pagoda.isa.chip import PRESETS
 from pagoda.isa.definition import Definition
 from pagoda.isa.fault import FaultKind
 from pagoda.isa.program import Launch, Slot
 from pagoda.sim import Simulator
+from pagoda.sim import dma as sim_dma
 
 DRAM_BYTES = 1 << 20
 TINY = replace(PRESETS["tiny"], dram_bytes=DRAM_BYTES)
@@ -53,30 +63,71 @@ def compare(chip, launches, *, checking=False):
     return None if expected.fault is None else expected.fault.kind
 
 
-@pytest.mark.parametrize("name", CHIPS)
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(data=st.data())
-def test_command_programs(name, data):
-    compare(CHIPS[name], [data.draw(programs(CHIPS[name]))])
+def fuzz(variant, first_seed, examples):
+    """Random programs: of one launch or two, on one of CHIPS, in checking mode or not."""
+    name, launches, checking = variant
+    chip, bursts = CHIPS[name], 4 if launches == 1 else 2
+
+    @seed(first_seed)
+    @settings(
+        max_examples=examples, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(data=st.data())
+    def run(data):
+        drawn = [data.draw(programs(chip, bursts)) for _ in range(launches)]
+        compare(chip, drawn, checking=checking)
+
+    run()
 
 
-@pytest.mark.parametrize("name", ["tiny", "two"])
-@settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(data=st.data())
-def test_checking_mode(name, data):
-    compare(CHIPS[name], [data.draw(programs(CHIPS[name]))], checking=True)
+VARIANTS = {
+    "tiny": ("tiny", 1, False),
+    "odd": ("odd", 1, False),
+    "two": ("two", 1, False),
+    "tiny checking": ("tiny", 1, True),
+    "two checking": ("two", 1, True),
+    "memories kept between launches": ("tiny", 2, False),
+}
+EXAMPLES = {"tiny": 600, "odd": 400, "two": 400, "tiny checking": 300, "two checking": 300}
 
 
-@settings(
-    max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(data=st.data())
-def test_memories_keep_their_contents_between_launches(data):
-    compare(TINY, [data.draw(programs(TINY, 2)) for _ in range(2)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_command_programs(variant):
+    fuzz(VARIANTS[variant], 0, EXAMPLES.get(variant, 100))
+
+
+MANY = int(os.environ.get("PAGODA_FUZZ_PROGRAMS", "100000"))
+FIRST_SEED = int(os.environ.get("PAGODA_FUZZ_SEED", "1"))
+PARTS = 60  # hypothesis remembers what a part has drawn: parts keep that small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_many_command_programs(part):
+    variant = list(VARIANTS.values())[part % len(VARIANTS)]
+    fuzz(variant, FIRST_SEED + part, -(-MANY // PARTS))
+
+
+# The simulator's functions are compiled for compiled callers only.
+dma_cycles = numba.njit(sim_dma.dma_cycles.py_func)
+
+
+@settings(deadline=None)
+@given(
+    st.fractions(Fraction(1, 1000), 65536, max_denominator=1000), st.sampled_from([1, 32, 256]),
+    st.integers(1, 1 << 20), st.integers(1, 1 << 17), st.integers(), st.integers(1, 1 << 19),
+    st.integers(0, 1 << 20), st.integers(1, 2),
+)  # fmt: skip
+def test_dma_cycles_do_not_overflow(bandwidth, cores, rows, few, more, chunks, missing, ways):
+    """Up to the largest transfers and the longest rationals that the rules allow."""
+    chip = replace(TINY, dram_bytes_per_cycle=bandwidth, cores=cores)
+    state = Simulator(chip)._cores[0].state
+    atoms, local = rows * few + more % rows, max(rows * chunks - missing, 1)
+    for cycles in (local, rows * few * ways * 64 // chip.dram_share + missing):
+        cycles = min(max(int(cycles), 1), 1 << 39)
+        expected = timing.dma_cycles(chip, rows, atoms, cycles, ways)
+        assert dma_cycles(state, rows, atoms, cycles, ways) == expected
 
 
 def racing_program(random):
@@ -111,5 +162,5 @@ def racing_program(random):
 
 
 def test_races():
-    kinds = {compare(TWO, [racing_program(Random(s))], checking=True) for s in range(60)}
+    kinds = {compare(TWO, [racing_program(Random(s))], checking=True) for s in range(300)}
     assert kinds == {None, FaultKind.RACE}

@@ -37,7 +37,7 @@ def test_an_engine_takes_the_next_command_when_it_is_free():
 
 
 def test_a_hazard_waits_for_the_finish():
-    writer = make(0, "load", Duration(3, 28, 1), writes=[(0, 63)])
+    writer = make(0, "load", Duration(4, 28, 0), writes=[(0, 63)])
     reader = make(1, "vector", Duration(5, 3), reads=[(60, 99)])
     other = make(2, "matrix", Duration(5, 3), reads=[(64, 99)])
     assert run((10, writer), (15, reader), (20, other)) == [
@@ -48,15 +48,15 @@ def test_a_hazard_waits_for_the_finish():
 
 
 def test_load_and_store_share_the_dram_port():
-    load, store = make(0, "load", Duration(1, 28, 4)), make(1, "store", Duration(1, 28, 1))
-    # slots open in 0, 4, 8, ...; the load takes 12, 16, 20, 24
-    assert run((10, load), (15, store)) == [(12, 28 + 28, "entry"), (28, 60, "dram port")]
+    load, store = make(0, "load", Duration(15, 28, 0)), make(1, "store", Duration(4, 16, 2))
+    # slots open in 0, 4, 8, ...; the store's first one is that of cycle 32, 2 cycles after 27
+    assert run((10, load), (15, store)) == [(12, 27 + 28, "entry"), (27, 52, "dram port")]
 
 
 def test_a_bank_port_is_held_until_the_finish():
     first = make(0, "vector", Duration(5, 4), ports=(1, 2))
     reader = make(1, "matrix", Duration(5, 4), ports=(1, 0))
-    writer = make(2, "load", Duration(1, 28, 0), ports=(2, 1))
+    writer = make(2, "load", Duration(1, 28), ports=(2, 1))
     assert run((10, first), (15, reader), (20, writer)) == [
         (12, 21, "entry"),
         (21, 30, "bank port"),
@@ -65,7 +65,7 @@ def test_a_bank_port_is_held_until_the_finish():
 
 
 def test_one_command_starts_in_a_cycle_and_the_oldest_goes_first():
-    blocker = make(0, "load", Duration(1, 28, 0), writes=[(0, 9)])
+    blocker = make(0, "load", Duration(1, 28), writes=[(0, 9)])
     second = make(1, "vector", Duration(5, 4), reads=[(0, 9)])
     third = make(2, "matrix", Duration(5, 4), reads=[(0, 9)])
     assert run((10, blocker), (15, second), (20, third)) == [
@@ -76,7 +76,7 @@ def test_one_command_starts_in_a_cycle_and_the_oldest_goes_first():
 
 
 def test_a_younger_command_overtakes_and_can_delay_an_older_one():
-    load = make(0, "load", Duration(1, 28, 0), writes=[(0, 9)])
+    load = make(0, "load", Duration(1, 28), writes=[(0, 9)])
     waits = make(1, "vector", Duration(5, 4), reads=[(0, 9)], ports=(1, 0))
     overtakes = make(2, "matrix", Duration(50, 4), ports=(1, 0))
     assert run((10, load), (15, waits), (20, overtakes)) == [
@@ -97,7 +97,7 @@ def test_a_full_window_has_space_when_the_first_entry_finishes():
 
 def test_a_word_of_sram_waits_for_its_writers():
     window = Window(TINY)
-    window.enter(make(0, "load", Duration(1, 28, 0), writes=[(0, 9)]), 10)
+    window.enter(make(0, "load", Duration(1, 28), writes=[(0, 9)]), 10)
     window.enter(make(1, "vector", Duration(5, 3), reads=[(0, 3)], writes=[(20, 23)]), 15)
     assert window.written(Range(SRAM, 20, 23), 20) == 49
     assert window.written(Range(SRAM, 24, 27), 20) == 20
@@ -156,8 +156,8 @@ def command_lists(draw):
 @given(command_lists())
 def test_events_agree_with_the_rule_stepped_cycle_by_cycle(drawn):
     def entries():
-        for index, (gap, engine, occupancy, tail, atoms, reads, writes, ports) in enumerate(drawn):
-            dma = atoms if engine in ("load", "store") else None
+        for index, (gap, engine, occupancy, tail, lead, reads, writes, ports) in enumerate(drawn):
+            dma = lead if engine in ("load", "store") else None
             yield gap, make(index, engine, Duration(occupancy, tail, dma), reads, writes, ports)
 
     window, cycle, ours = Window(TINY), 0, []

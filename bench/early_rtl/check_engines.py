@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import math
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 from amaranth.back import verilog
 from check_matrix import expected, operand_bits, random_matmul
-from dma_model import Port, atom_ends, chunk_ends, load_end, paced, rows_of, store_end
+from dma_model import Engines, Transfer, atom_ends, chunk_ends, rows_of
 from engines_top import EnginesTop
 from verilate import BUILD, HERE, build
 
 from pagoda.isa import timing
-from pagoda.isa.access import access, merge
+from pagoda.isa.access import access, loop_count, merge
 from pagoda.isa.chip import PRESETS
 from pagoda.isa.commands import COMMANDS, encode
 from pagoda.isa.numbers import DType, decode
@@ -45,38 +44,17 @@ class Times(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int32) for n in ("presented", "entry", "start", "free", "finish")]
 
 
-@dataclass(frozen=True)
-class Paced(timing.Duration):
-    """The proposal: at least `pace` cycles from the first atom slot to `free`."""
-
-    pace: int = 0
-
-    def occupancy_from(self, chip, start: int) -> int:
-        slot = timing.dram_slot_cycle(chip, timing.first_dram_slot(chip, start))
-        return max(super().occupancy_from(chip, start), slot - start + self.pace)
-
-
-def tails(chip, proposal: bool) -> dict[int, int]:
+def tails(chip) -> dict[int, int]:
     """By engine: load, store, matrix."""
-    load = store = chip.dram_latency + 8
-    if proposal:
-        atom = math.ceil(64 / chip.dram_share)
-        load = chip.dram_latency + 8 + atom
-        store = 12 + atom + 2 * 64 // chip.port_bytes  # F32 -> BF16 reads 128 bytes an atom
+    load = timing.load(chip, rows=1, atoms=1, local=1).tail
+    store = timing.store(chip, rows=1, atoms=1, local=1, lead=1).tail
     return {0: load, 1: store, 2: chip.psum_latency + 4}
 
 
-def pace(chip, name, f) -> int:
-    touched = access(name, f)
-    rows, _ = rows_of(touched.dram.loops, touched.dram.row_bytes)
-    local = timing.duration(chip, touched).occupancy
-    return paced(len(rows), touched.atoms(), local, 64 / chip.dram_share)
-
-
-def library(chip, proposal: bool) -> ctypes.CDLL:
+def library(chip) -> ctypes.CDLL:
     BUILD.mkdir(exist_ok=True)
-    source = BUILD / f"engines_top_{chip.rows}x{chip.cols}_{chip.dram_latency}_{proposal}.v"
-    top = EnginesTop(chip, tails(chip, proposal))
+    source = BUILD / f"engines_top_{chip.rows}x{chip.cols}_{chip.dram_latency}.v"
+    top = EnginesTop(chip, tails(chip))
     source.write_text(verilog.convert(top, name="engines_top", emit_src=False))
     return build("engines_top", [source], HERE / "engines_bench.cpp")
 
@@ -136,43 +114,42 @@ def drift_jobs() -> list[tuple[str, dict[str, int]]]:
     return [("load", load), ("store", store)]
 
 
-def script(rng, jobs, paces) -> list[Store]:
+def script(rng, chip, jobs) -> list[Store]:
     """Field writes at least 5 cycles apart, as an in-order core would send them."""
     out = []
-    for (name, f), cycles in zip(jobs, paces, strict=True):
+    for name, f in jobs:
         stores = encode(name, **f)
         if name != "matmul":
-            stores = [(15, cycles), *stores]
+            duration = timing.duration(chip, access(name, f))
+            stores = [(14, duration.lead), (15, duration.occupancy), *stores]
         for word, value in stores:
             delay = 5 + rng.choice((0, 0, 0, 3, 20)) * rng.randint(0, 2)
             out.append(Store(delay, COMMANDS[name].bank, word, value & 0xFFFFFFFF))
     return out
 
 
-def fast_script(rng, jobs, paces) -> list[Store]:
+def fast_script(rng, chip, jobs) -> list[Store]:
     """Fields one a cycle and gos hard on one another, so that the window fills up."""
-    stores = script(rng, jobs, paces)
+    stores = script(rng, chip, jobs)
     for s in stores:
         s.delay = 1
     return stores
 
 
-def predict(chip, jobs, stores, paces, tail_of) -> list[Entry]:
+def predict(chip, jobs, stores) -> list[Entry]:
     window, now, entries = Window(chip), 0, []
-    which = iter(zip(jobs, paces, strict=True))
+    which = iter(jobs)
     for s in stores:
         now += s.delay
         if s.word != 0:
             continue
-        (name, f), cycles = next(which)
+        name, f = next(which)
         touched = access(name, f)
         base = BASES[f["slot"]] if name != "matmul" else 0
         reads, writes = touched.ranges(base)
-        read_ports, write_ports = touched.ports(chip)
-        engine, duration = COMMANDS[name].engine, timing.duration(chip, touched)
-        tail = tail_of[("load", "store", "matrix").index(engine)]
-        duration = Paced(duration.occupancy, tail, duration.atoms, cycles)
-        entry = Entry(len(entries), engine, duration, reads, writes, read_ports, write_ports)
+        ports, engine = touched.ports(chip), COMMANDS[name].engine
+        duration = timing.duration(chip, touched)
+        entry = Entry(len(entries), engine, duration, reads, writes, *ports)
         now = window.space(now)
         window.enter(entry, now)
         entries.append(entry)
@@ -180,25 +157,22 @@ def predict(chip, jobs, stores, paces, tail_of) -> list[Entry]:
     return entries
 
 
-def chunk_count(chip, f, name) -> int:
-    tile = access(name, f).tiles[0]
-    loops, row_bytes = merge(tile.loops, tile.row_bytes)
-    return math.prod(count for count, _ in loops) * -(-row_bytes // chip.port_bytes)
-
-
-def ideal_end(chip, name, f, start) -> int:
-    """The ideal engine's last chunk (load), or its last atom's slot (store)."""
+def transfer(chip, name, f) -> Transfer:
+    """The command as the ideal engines take it."""
     touched = access(name, f)
     tile, dram = touched.tiles[0], touched.dram
     ratio = Fraction(DType(f["mem"]).bits, DType(f["local"]).bits)
-    x = 64 / chip.dram_share
-    rows, row_bytes = rows_of(dram.loops, dram.row_bytes)
-    atoms = atom_ends(f["offset"], rows, row_bytes)
-    chunks = chunk_ends(*rows_of(tile.loops, tile.row_bytes), chip.port_bytes)
-    if name == "load":
-        return load_end(Port(x), start, atoms, chunks, ratio)
-    port = Port(x)
-    return port.cycle(port.first(store_end(port, start, atoms, chunks, ratio)) - 1)
+    loops, row_bytes = merge(tile.loops, tile.row_bytes)
+    chunks = chunk_ends(loop_count(loops), row_bytes, chip.port_bytes)
+    atoms = atom_ends(f["offset"], *rows_of(dram.loops, dram.row_bytes))
+    return Transfer(name, dram.rows(), atoms, chunks, ratio)
+
+
+def ideal_end(chip, name, moved: Transfer, start) -> int:
+    """The ideal engine's last chunk (load), or its last atom's slot (store)."""
+    engines = Engines(chip)
+    end = engines.end(moved, start)
+    return end if name == "load" else engines.port.cycle(engines.slot - 1)
 
 
 def main() -> None:
@@ -206,13 +180,13 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--bandwidth", default="16", help="DRAM bytes per cycle, at most 64")
     parser.add_argument("--latency", type=int, default=20)
-    parser.add_argument("--drift", action="store_true", help="only the load that comes too late")
-    parser.add_argument("--proposal", action="store_true", help="the corrected DMA formulas")
+    parser.add_argument("--drift", action="store_true",
+                        help="only the load whose rows are first DRAM-bound, then port-bound")
     options = parser.parse_args()
     rng, bits = random.Random(7), np.random.default_rng(7)
     chip = replace(PRESETS["tiny"], dram_bytes_per_cycle=Fraction(options.bandwidth),
                    dram_latency=options.latency)
-    lib = library(chip, options.proposal)
+    lib = library(chip)
     phase = (64 / chip.dram_share).numerator
     tally: dict[str, Counter] = {}
 
@@ -232,9 +206,7 @@ def main() -> None:
             f = random_matmul(rng, chip) if name == "matmul" else random_transfer(rng, chip, name)
             if f is not None and all(v != 0 for k, v in f.items() if k == "n"):
                 jobs.append((name, f))
-        paces = [pace(chip, name, f) if options.proposal and name != "matmul" else 0
-                 for name, f in jobs]
-        stores = (script if rng.random() < 0.5 else fast_script)(rng, jobs, paces)
+        stores = (script if rng.random() < 0.5 else fast_script)(rng, chip, jobs)
         mode = rng.choice(("normal", "cancel", "tiny"))
         sram, acc, dram = (operand_bits(bits, size // 2, mode).view(np.uint8)
                            for size in (chip.sram_bytes, chip.acc_bytes, DRAM_BYTES))
@@ -256,7 +228,7 @@ def main() -> None:
         note("conflicting or unfinished runs", min(conflicts, 1))
         same = [np.array_equal(g, w) for g, w in zip(got, want, strict=True)]
         note("bits right (SRAM, ACC, DRAM)", tuple(same))
-        predicted = predict(chip, jobs, stores, paces, tails(chip, options.proposal))
+        predicted = predict(chip, jobs, stores)
         right = True
         for t, p in zip(times, predicted, strict=True):
             for what in ("entry", "start", "free", "finish"):
@@ -276,13 +248,14 @@ def main() -> None:
             at = 0
             for i in order[engine]:
                 f = jobs[i][1]
-                n = chunk_count(chip, f, engine) if kind < 2 else access(engine, f).atoms()
+                moved = transfer(chip, engine, f)
+                n = len(moved.chunks) if kind < 2 else len(moved.atoms)
                 if at + n <= counts[kind]:
                     last = events[kind][at + n - 1]
                     label = "1:1" if f["mem"] == f["local"] else "converting"
                     note(f"last {KINDS[kind]} ({label}) - finish", last - times[i].finish)
                     if kind != 1:
-                        model = ideal_end(chip, engine, f, times[i].start)
+                        model = ideal_end(chip, engine, moved, times[i].start)
                         late = last - (model + (chip.dram_latency + 4 if kind == 0 else 10))
                         note(f"{KINDS[kind]}: RTL - (ideal engine + registers)", late)
                     first = events[kind][at] - times[i].start

@@ -1,9 +1,9 @@
 """load and store: the contract's accounting beside engines that really move the bytes.
 
-Accounting: an atom walker steps once per slot, a chunk walker once per cycle; when both are
-through, the engine and the DRAM port are free. The load's requests are the atom walker's steps.
-The real writer of a load and the real reader and sender of a store run behind, on descriptors
-queued in FIFOs, and are late by their registers and by what the streams make them wait.
+Accounting: from the first slot `lead` cycles after the start the engine and the DRAM port are held
+for `cycles`. The load's atom walker asks for an atom in every slot. The real writer of a load and
+the real reader and sender of a store run behind, on descriptors queued in FIFOs, and are late by
+their registers and by what the streams make them wait.
 """
 
 from amaranth.hdl import C, Cat, Module, Mux, Signal, Value
@@ -17,8 +17,7 @@ ATOM = 64
 Side = data.StructLayout({  # rows in one memory, after merging
     "base": 32, "row_bytes": 32, "rows": 32, "row_stride": 32, "planes": 32, "plane_stride": 32,
 })
-# pace: cycles from the first atom slot to `free`, at least (the proposal of FINDINGS.md); 0: none
-Transfer = data.StructLayout({"mem": Side, "local": Side, "convert": 1, "pace": 32})
+Transfer = data.StructLayout({"mem": Side, "local": Side, "convert": 1, "cycles": 32, "lead": 8})
 
 
 class SlotTimer(wiring.Component):
@@ -86,32 +85,20 @@ class PieceWalker(wiring.Component):
         return m
 
 
-def accounting(m: Module, engine, transfer: Signal, port_bytes: int) -> PieceWalker:
-    """The walkers that decide `free`; returns the atom walker."""
-    atoms = m.submodules.atoms = PieceWalker(ATOM, True)
-    chunks = m.submodules.chunks = PieceWalker(port_bytes, False)
-    late_slot, busy, data_done = Signal(), Signal(), Signal()
-    begun, left = Signal(), Signal(32)
+def accounting(m: Module, engine, transfer: Signal) -> None:
+    """Decides `free`."""
+    busy, begun, wait, left = Signal(), Signal(), Signal(8), Signal(32)
+    m.d.comb += engine.free.eq(~busy | (begun & (left == 0)))
     with m.If(engine.start):
-        m.d.sync += [begun.eq(engine.slot), left.eq(Mux(
-            engine.slot & (transfer.pace != 0), transfer.pace - 1, transfer.pace))]
-    with m.Elif(begun | engine.slot):
-        m.d.sync += [begun.eq(1), left.eq(Mux(left == 0, 0, left - 1))]
-    m.d.sync += late_slot.eq(engine.slot)
-    issued = ~atoms.active | (atoms.last & late_slot)
-    m.d.comb += [
-        atoms.go.eq(engine.start), atoms.side.eq(transfer.mem), atoms.step.eq(late_slot),
-        chunks.go.eq(engine.start), chunks.side.eq(transfer.local), chunks.step.eq(1),
-        engine.free.eq(~busy | ((data_done | (engine.slot & issued))
-                                & (~chunks.active | chunks.last) & (left == 0))),
-    ]
-    with m.If(busy & engine.slot & issued):
-        m.d.sync += data_done.eq(1)
-    with m.If(engine.free):
+        first = engine.slot & (transfer.lead == 0)
+        m.d.sync += [busy.eq(1), begun.eq(first), left.eq(transfer.cycles - first),
+                     wait.eq(Mux(transfer.lead == 0, 0, transfer.lead - 1))]
+    with m.Elif(engine.free):
         m.d.sync += busy.eq(0)
-    with m.If(engine.start):
-        m.d.sync += [busy.eq(1), data_done.eq(0)]
-    return atoms
+    with m.Elif(wait != 0):
+        m.d.sync += wait.eq(wait - 1)
+    with m.Elif(begun | engine.slot):
+        m.d.sync += [begun.eq(1), left.eq(left - 1)]
 
 
 def follow(m: Module, name: str, engine, transfer: Signal, walker: PieceWalker, side: str):
@@ -142,7 +129,12 @@ class LoadEngine(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         P = self.port_bytes
-        atoms = accounting(m, self, self.transfer, P)
+        accounting(m, self, self.transfer)
+        atoms = m.submodules.atoms = PieceWalker(ATOM, True)
+        late_slot = Signal()
+        m.d.sync += late_slot.eq(self.slot)
+        m.d.comb += [atoms.go.eq(self.start), atoms.side.eq(self.transfer.mem),
+                     atoms.step.eq(late_slot)]
         meta = m.submodules.meta = SyncFIFO(width=16, depth=512)
         asked = atoms.active & atoms.step
         m.d.comb += [meta.w_en.eq(asked), meta.w_data.eq(Cat(atoms.address[:6], atoms.size[:8]))]
@@ -195,7 +187,7 @@ class StoreEngine(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         P = self.port_bytes
-        accounting(m, self, self.transfer, P)
+        accounting(m, self, self.transfer)
         capacity = 3 * ATOM
         reader = m.submodules.reader = PieceWalker(P, False)
         convert = follow(m, "reader", self, self.transfer, reader, "local")

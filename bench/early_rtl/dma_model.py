@@ -1,11 +1,14 @@
-"""How long an ideal, streaming DMA engine needs, against the contract's closed form.
+"""Ideal streaming DMA engines, one command hard on another, against the contract's durations.
 
-The ideal load engine asks for one atom per slot and writes, in order, one port-wide chunk of a
-local row per cycle as soon as the atoms with its bytes are there. The ideal store engine reads one
-chunk per cycle and sends an atom in the first slot in which its bytes have been read. Pipeline
-registers and the DRAM's latency are left out: an engine of `o` registers is later by o + latency.
-`excess` = end - max(data_end, start + local_cycles); the contract's tail grants latency + 8 for
-registers and excess together.
+The load engine asks for one atom a slot and writes, in order, one port-wide chunk of a local row
+per cycle as soon as the atoms with its bytes are there; zero rows go first. The store engine reads
+one chunk per cycle and sends an atom in the first slot in which its bytes have been read. An
+accumulating one sends an atom back in the first slot after it has arrived and reads on in others.
+Engines and port serve commands in order: what is late delays the next command. Pipeline registers
+and a load's latency are left out: hardware of `o` registers is later by o, or o + latency.
+
+Every command starts when the contract frees the one before. `late` is the engine's end less
+`free` + ceil(X); the contract's tails grant 8 registers to a load and 12 to a store beside that.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from __future__ import annotations
 import argparse
 import math
 import random
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+from pagoda.isa import timing
 from pagoda.isa.access import merge, starts
+from pagoda.isa.chip import PRESETS, Chip
 
 ATOM = 64
 
@@ -38,13 +44,12 @@ def atom_ends(offset: int, rows: list[int], row_bytes: int) -> list[int]:
     return ends
 
 
-def chunk_ends(rows: list[int], row_bytes: int, port: int) -> list[int]:
-    """Local bytes (cumulated) after each chunk."""
-    ends, done = [], 0
-    for _ in rows:
-        for first in range(0, row_bytes, port):
-            done += min(port, row_bytes - first)
-            ends.append(done)
+def chunk_ends(rows: int, row_bytes: int, port: int, left: int = 0, right: int = 0) -> list[int]:
+    """Local bytes that hold data (cumulated) after each chunk; left, right: padding of a row."""
+    ends, data = [], row_bytes - left - right
+    for row in range(rows):
+        for end in range(port, row_bytes + port, port):
+            ends.append(row * data + min(max(min(end, row_bytes) - left, 0), data))
     return ends
 
 
@@ -56,100 +61,153 @@ class Port:
         return math.ceil(slot * self.x)
 
     def first(self, cycle: int) -> int:
-        slot = math.floor(cycle / self.x)
-        while self.cycle(slot) < cycle:
-            slot += 1
-        while slot and self.cycle(slot - 1) >= cycle:
-            slot -= 1
+        """The first slot in `cycle` or later."""
+        slot = max(math.floor((cycle - 1) / self.x) + 1, 0)
+        assert self.cycle(slot) >= cycle and (slot == 0 or self.cycle(slot - 1) < cycle)
         return slot
 
 
-def load_end(port: Port, start: int, atoms: list[int], chunks: list[int], ratio: Fraction) -> int:
-    """Cycle after the last chunk's. ratio: memory bytes per local byte."""
-    slot, now, a = port.first(start), start, 0
-    for end in chunks:
-        while atoms[a] < end * ratio:
-            a += 1
-        now = max(now, port.cycle(slot + a)) + 1
-    return now
+@dataclass
+class Transfer:
+    """One command, merged: ends of its atoms and chunks, cycles of rows that are only zeros.
 
-
-def store_end(port: Port, start: int, atoms: list[int], chunks: list[int], ratio: Fraction) -> int:
-    """Cycle in which the slot after the last atom's opens."""
-    slot, c = port.first(start), 0
-    for end in atoms:
-        while chunks[c] * ratio < end:
-            c += 1
-        slot = max(slot, port.first(start + c + 1)) + 1
-    return port.cycle(slot)
-
-
-def paced(rows: int, atoms: int, local: int, x: Fraction) -> int:
-    """Cycles if every row takes the longer of its atoms' slots and its share of local cycles.
-
-    All rows are equally long, so a row has `few` atoms or one more.
+    ratio: memory bytes per local byte; a cycle of `right` zeros follows every row's data.
     """
-    few = atoms // rows
-    many = atoms - few * rows
-    share = Fraction(local, rows)
-    return math.ceil((rows - many) * max(few * x, share) + many * max((few + 1) * x, share))
+
+    kind: str
+    rows: int
+    atoms: list[int]
+    chunks: list[int]
+    ratio: Fraction
+    zeros: int = 0
+    right: int = 0
+
+    def duration(self, chip: Chip) -> timing.Duration:
+        shape = chip, self.rows, len(self.atoms), len(self.chunks)
+        if self.kind == "load":
+            return timing.load(*shape, self.zeros, self.right)
+        lead = math.ceil(ATOM / self.ratio / chip.port_bytes)
+        return timing.store(*shape, lead, self.kind == "accumulate")
+
+
+@dataclass
+class Engines:
+    """`slot`, `written`, `read`: the first slot and cycles that earlier commands left free."""
+
+    chip: Chip
+    port: Port = field(init=False)
+    slot: int = 0
+    written: int = 0
+    read: int = 0
+
+    def __post_init__(self) -> None:
+        self.port = Port(ATOM / self.chip.dram_share)
+
+    def end(self, transfer: Transfer, start: int) -> int:
+        """The cycle after the last chunk's (load), or that of the slot after the last atom's."""
+        return getattr(self, f"_{transfer.kind}")(transfer, start)
+
+    def _load(self, t: Transfer, start: int) -> int:
+        first, atom = max(self.slot, self.port.first(start)), 0
+        now = max(self.written, start) + t.zeros
+        for end in t.chunks:
+            while t.atoms[atom] < end * t.ratio:
+                atom += 1
+            now = max(now, self.port.cycle(first + atom) if end else 0) + 1
+        self.slot, self.written = first + len(t.atoms), now
+        return now
+
+    def _ready(self, t: Transfer, start: int) -> list[int]:
+        """For every atom the cycle from which its bytes have been read from SRAM."""
+        begin, chunk, ready = max(self.read, start), 0, []
+        for end in t.atoms:
+            while t.chunks[chunk] * t.ratio < end:
+                chunk += 1
+            ready.append(begin + chunk + 1)
+        self.read = begin + len(t.chunks)
+        return ready
+
+    def _store(self, t: Transfer, start: int) -> int:
+        for cycle in self._ready(t, start):
+            self.slot = max(self.slot, self.port.first(cycle)) + 1
+        return self.port.cycle(self.slot)
+
+    def _accumulate(self, t: Transfer, start: int) -> int:
+        ready, back = self._ready(t, start), self.chip.dram_latency + 8
+        outstanding = math.ceil(back / self.port.x) + 2
+        arrived: list[int] = []
+        sent, slot = 0, max(self.slot, self.port.first(start))
+        while sent < len(ready):
+            now = self.port.cycle(slot)
+            if sent < len(arrived) and max(arrived[sent], ready[sent]) <= now:
+                sent += 1
+            elif len(arrived) < len(ready) and len(arrived) - sent < outstanding:
+                arrived.append(now + back)
+            slot += 1
+        self.slot = slot
+        return self.port.cycle(slot)
 
 
 CONVERSIONS = {"1:1": Fraction(1), "2x wider": Fraction(1, 2), "4x wider": Fraction(1, 4),
                "8x wider": Fraction(1, 8), "8x narrower in SRAM": Fraction(8)}
-CHIPS = {"tiny": (Fraction(4), 16), "tiny, 1 B/cycle": (Fraction(64), 16),
-         "edge": (Fraction(5, 2), 64), "car": (Fraction(32, 25), 256),
-         "cloud": (Fraction(16, 25), 512)}
+CHIPS = {
+    **{name: PRESETS[name] for name in ("tiny", "edge", "car", "cloud")},
+    "tiny, 1 B/cycle": replace(PRESETS["tiny"], dram_bytes_per_cycle=Fraction(1)),
+    "edge, latency 1": replace(PRESETS["edge"], dram_latency=1),
+}
+MIXES = (("load",), ("store",), ("padded",), ("accumulate",), ("load", "store"),
+         ("load", "padded", "store", "accumulate"))
 
 
-def trial(rng: random.Random, x: Fraction, width: int, ratio: Fraction) -> dict[str, object]:
-    mem_row = int(8 * ratio) * rng.randint(1, 40)
-    local_row = int(mem_row / ratio)
-    rows, planes = rng.choice((1, 2, rng.randint(1, 150))), rng.choice((1, 1, 2, 5))
+def random_transfer(rng: random.Random, chip: Chip, kind: str, ratio: Fraction) -> Transfer:
+    mem_row = int(8 * ratio) * rng.randint(1, 40) or 1
+    rows, planes = rng.choice((1, 2, rng.randint(1, 60))), rng.choice((1, 1, 2, 5))
     stride = mem_row + rng.choice((0, rng.randint(0, 6), rng.randint(0, 300), -mem_row % 64))
     plane = stride * rows + rng.choice((0, rng.randint(0, 100)))
-    offset = rng.choice((0, rng.randint(0, 63)))
-    local_stride = local_row + rng.choice((0, 16))
     mem_rows, mem_bytes = rows_of(((planes, plane), (rows, stride)), mem_row)
+    atoms = atom_ends(rng.choice((0, rng.randint(0, 63))), mem_rows, mem_bytes)
+    local_row = int(mem_row / ratio)
+    if kind == "padded":
+        left, right = 8 * rng.choice((0, 1, 4, 40)), 8 * rng.choice((0, 1, 4, 60))
+        row = left + local_row + right
+        chunks = chunk_ends(rows * planes, row, chip.port_bytes, left, right)
+        zeros = planes * rng.choice((0, 1, 7)) * -(-row // chip.port_bytes)
+        behind = -(-right // chip.port_bytes)
+        return Transfer("load", len(mem_rows), atoms, chunks, ratio, zeros, behind)
+    local_stride = local_row + rng.choice((0, 16))
     local_rows, local_bytes = rows_of(
         ((planes, local_stride * rows), (rows, local_stride)), local_row)
-    begin, port = rng.randint(0, 500), Port(x)
-    atoms = atom_ends(offset, mem_rows, mem_bytes)
-    chunks = chunk_ends(local_rows, local_bytes, width)
-    j0 = port.first(begin)
-    data, local = port.cycle(j0 + len(atoms)), len(chunks)
-    contract = max(data, begin + local)
-    # What an atom takes to be read from SRAM before it can leave.
-    lead = math.ceil(Fraction(ATOM) / ratio / width)
-    form = max(data, port.cycle(j0) + paced(len(mem_rows), len(atoms), local, x))
-    load = load_end(port, begin, atoms, chunks, ratio)
-    store = store_end(port, begin, atoms, chunks, ratio)
-    return dict(load=load - contract, store=store - contract,
-                load_paced=load - form - math.ceil(x),
-                store_paced=store - form - math.ceil(x) - lead,
-                longer=Fraction(form - begin, contract - begin),
-                slack=form + math.ceil(x) - load)
+    chunks = chunk_ends(len(local_rows), local_bytes, chip.port_bytes)
+    return Transfer(kind, len(mem_rows), atoms, chunks, ratio)
+
+
+def latest(chip: Chip, mix: tuple[str, ...], commands: int, rng: random.Random) -> dict[str, int]:
+    """Kind -> the most that one of its commands is late; one sequence."""
+    engines, start, found = Engines(chip), rng.randint(0, 100), {}
+    for _ in range(commands):
+        ratio = rng.choice(list(CONVERSIONS.values()))
+        transfer = random_transfer(rng, chip, rng.choice(mix), ratio)
+        free = start + transfer.duration(chip).occupancy_from(chip, start)
+        late = engines.end(transfer, start) - free - math.ceil(engines.port.x)
+        found[transfer.kind] = max(late, found.get(transfer.kind, late))
+        start = free
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=400)
-    trials = parser.parse_args().trials
-    rng = random.Random(5)
-    print("largest excess of the ideal engines over the contract (load, store), and over the "
-          "paced form\nwith ceil(X) [+ lead] more tail (load_paced, store_paced: at most 0 is "
-          "met)")
-    for chip, (x, width) in CHIPS.items():
-        for name, ratio in CONVERSIONS.items():
-            found = [trial(rng, x, width, ratio) for _ in range(trials)]
-            line = f"{chip:16} {name:20}"
-            for key in ("load", "store", "load_paced", "store_paced"):
-                line += f" {key} {max(f[key] for f in found):4}"
-            longer = sum(f["longer"] for f in found) / trials
-            most = max(f["longer"] for f in found)
-            bad = sum(f["load"] > 3 for f in found) / trials
-            print(f"{line}  loads over 3: {bad:4.0%}  paced / contract: mean "
-                  f"{float(longer):.3f}, most {float(most):.2f}")
+    parser.add_argument("--commands", type=int, default=150, help="of each sequence")
+    parser.add_argument("--sequences", type=int, default=6)
+    options = parser.parse_args()
+    print("most cycles after free + ceil(X), by kind of command, for sequences of these commands")
+    for name, chip in CHIPS.items():
+        for mix in MIXES:
+            found: dict[str, int] = {}
+            for seed in range(options.sequences):
+                for kind, late in latest(chip, mix, options.commands, random.Random(seed)).items():
+                    found[kind] = max(late, found.get(kind, late))
+            shown = ", ".join(f"{kind} {late}" for kind, late in sorted(found.items()))
+            print(f"{name:16} {' + '.join(mix):38} {shown}")
 
 
 if __name__ == "__main__":

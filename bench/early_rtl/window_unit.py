@@ -207,7 +207,8 @@ class WindowUnit(wiring.Component):
                 side.row_stride.eq(Mux(one, plane_stride, stride)),
                 side.planes.eq(Mux(one, 1, planes)), side.plane_stride.eq(plane_stride),
             ]
-        m.d.comb += [t.convert.eq(go[0:4] != go[4:8]), t.pace.eq(f[15])]  # word 15: bench only
+        m.d.comb += [t.convert.eq(go[0:4] != go[4:8]),
+                     t.lead.eq(f[14]), t.cycles.eq(f[15])]  # words 14 and 15: bench only
         low, high = Signal(signed(48), name=f"{prefix}_low"), Signal(signed(48))
         reaches = [((rows - 1).as_signed()[:24].as_signed() * mrs.as_signed()),
                    ((planes - 1).as_signed()[:24].as_signed() * mps.as_signed())]

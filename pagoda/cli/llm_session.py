@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pagoda.compiler.cache import Cache, default_directory
+from pagoda.compiler.link import launch_arguments, link, pack_records
 from pagoda.isa.chip import Chip
+from pagoda.isa.program import Slot
 from pagoda.llm import ModelFile, Tokenizer, find_weights
 from pagoda.llm.chip_session import ChipSession
 from pagoda.llm.compiled import compile_model
@@ -35,8 +36,9 @@ def open_session(
             Cache(default_directory() / "code"),
             progress=lambda stage: progress.update(task, description=_first_time(stage)),
         )
-        progress.update(task, description=f"starting chip {chip.name}")
+        progress.update(task, description=_first_time(f"starting chip {chip.name}"))
         device = Device(chip)
+        _run_nothing(device)
         progress.update(task, description="weights to the chip's memory")
         progress.update(task, total=len(file.tensors))
 
@@ -49,11 +51,14 @@ def open_session(
 
 
 def _first_time(stage: str) -> str:
-    return f"{stage} (kept for next time)"
+    return f"{stage} (what it takes is kept for next time)"
 
 
-@contextmanager
-def waiting(console: Console, what: str) -> Iterator[None]:
-    """A spinner while the block runs."""
-    with console.status(what):
-        yield
+def _run_nothing(device: Device) -> None:
+    """A launch without kernel calls: the simulator's own code is compiled here, the first time ever,
+    and not while the user waits for a first word."""
+    words = pack_records([])
+    address = device.place(words)
+    program = link("start", [], device.chip).program
+    device.launch(program, launch_arguments(0, 0, []), [Slot(address, words.nbytes)])
+    device.memory.free(address)

@@ -44,8 +44,9 @@ ALIGNMENT = 64  # bytes: one DRAM atom, and a whole number of elements of every 
 
 # Weights of sharing a bank, by what it costs: A and B of one matmul (the array waits for both in
 # turn), a vector command's sources (one more cycle per group), writers of different engines (each
-# waits for the other's whole command), readers of different engines.
-MATRIX_PAIR, VECTOR_PAIR, WRITERS, READERS = 1000, 50, 20, 5
+# waits for the other's whole command), readers of different engines; and a reader that has to wait
+# for a matmul, the longest of commands.
+MATRIX_PAIR, VECTOR_PAIR, WRITERS, READERS, MATRIX_READER = 1000, 50, 20, 5, 200
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def _affinities(kernel: Kernel, lives: dict[Tile, _Life]) -> Counter[frozenset[T
             (lives[left].readers, lives[right].readers, READERS),
         ):
             if mine and theirs and len(mine | theirs) > 1:
+                if cost == READERS and "matrix" in mine | theirs:
+                    cost = MATRIX_READER
                 weights[frozenset((left, right))] += cost
     for tile, life in lives.items():
         if len(life.readers) > 1 or len(life.writers) > 1:

@@ -46,6 +46,7 @@ from pagoda.isa.numbers import DType
 
 if TYPE_CHECKING:
     from pagoda.compiler.interpret import Interpreter
+    from pagoda.compiler.nest_epilogue import Epilogue
 
 LOOPS = ("range", "tiles", "core_tiles")
 
@@ -423,6 +424,18 @@ class TileBuiltins:
                 access, view, cols.size, 1, accumulate=accumulate,
                 row_stride=value.tile.element_bytes,
             )  # fmt: skip
+
+    def do_finish_with(
+        self, epilogue: Epilogue, tensor: TensorHandle, i: Range, j: Range, x: Any
+    ) -> None:
+        """The rows i and columns j of a product, rounded to the tensor's dtype, go through the
+        epilogue."""
+        product = self.builder.tile(tensor.tensor.dtype, i.block, j.block, name="product")
+        if isinstance(x, TileValue):
+            self.fill(x.tile)
+        tree = tree_of(self.operand(x), x.shape)
+        self.builder.elementwise(product, tree, i.size, j.size)
+        epilogue.emit(self.builder, product, i, j)
 
     # Matrix products -----------------------------------------------------------------------------
 

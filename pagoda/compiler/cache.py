@@ -8,6 +8,7 @@ written (full disk, no permission) costs one warning and the time to compile aga
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -24,6 +25,16 @@ def default_directory() -> Path:
     """Where compiled code is kept: $PAGODA_CACHE_DIR, else the user's cache folder."""
     chosen = os.environ.get(VARIABLE)
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("pagoda"))
+
+
+@functools.cache
+def source_hash(*storeys: str) -> str:
+    """SHA-256 of the Python files of some storeys: part of the key of what their code produces."""
+    package = Path(__file__).parents[1]
+    total = hashlib.sha256()
+    for path in sorted(path for storey in storeys for path in (package / storey).rglob("*.py")):
+        total.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
 
 
 class Cache:

@@ -30,7 +30,21 @@ STREAM_BUFFERS = (4, 3, 2)
 # A product seldom comes alone: its activations come from a chain of small kernels, which takes some
 # DRAM latencies. Plans are compared as if `a` were ready only then; b, the weights, at once.
 CHAIN_LATENCIES = 12
+DEPENDENT_CYCLES = 10  # between vector commands that need one another's results
+WINDOW_FOR_NEXT_TILE = 4  # entries: its loads and matmuls
 SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at least
+
+
+@dataclass(frozen=True)
+class EpilogueCost:
+    """What a loop nest at the end of a product (`nest_epilogue`) does for each output tile:
+    vector commands, their cycles per group of lanes, and per element bytes of tiles and of loads.
+    """
+
+    commands: int
+    cycles: int
+    tile_bytes: int
+    loaded_bytes: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class MatmulShape:
     transposed_b: bool = True
     bias: bool = False
     fixed_k: bool = True
+    epilogue: EpilogueCost | None = None
 
 
 @dataclass(frozen=True)
@@ -78,33 +93,58 @@ class _Timeline:
 
     def __init__(self, chip: Chip, plan: MatmulPlan, commands_per_step: int):
         self.chip = chip
-        self.atom = DRAM_ATOM_BYTES / float(chip.dram_share)
-        self.latency = chip.dram_latency + 8
+        late = timing.dram_slot_cycle(chip, 1)
+        self.load_tail, self.store_tail = chip.dram_latency + 8 + late, 12 + late
         self.control = 0.0
         self.port = 0.0
         self.matrix = 0.0
+        self.vector = 0.0
         self.end = 0.0
         self.released = deque([0.0] * plan.buffers, plan.buffers)  # finish of the readers
         ahead = max(chip.window // commands_per_step, 1)
         self.window = deque([0.0] * ahead, ahead)
         self.accumulators = deque([0.0, 0.0], 2)
         self.stores: deque[tuple[float, float]] = deque()  # (ready, port cycles)
+        self.stores_free_acc = True
 
-    def load(self, atoms: int, local: int, not_before: float) -> float:
-        """When the data is there."""
+    def load(self, cycles: int, not_before: float) -> float:
+        """When the data is there, after `cycles` of the DRAM port."""
         self.control += ISSUE_CYCLES
         ready = max(self.control, not_before)
         while self.stores and self.stores[0][0] <= max(self.port, ready):
             self.store_now()
         start = max(self.port, ready)
-        self.port = start + max(atoms * self.atom, local)
-        return self.port + self.latency
+        self.port = start + cycles
+        return self.port + self.load_tail
 
     def store_now(self) -> None:
         ready, cycles = self.stores.popleft()
         self.port = max(self.port, ready) + cycles
-        self.accumulators.append(self.port + self.latency)
-        self.end = max(self.end, self.port + self.latency)
+        if self.stores_free_acc:
+            self.accumulators.append(self.port + self.store_tail)
+        self.end = max(self.end, self.port + self.store_tail)
+
+    def epilogue(self, shape: MatmulShape, m: int, n: int, accumulated: float) -> float:
+        """When an output tile is through its epilogue; `accumulated`: when its sums are there."""
+        cost, chip = shape.epilogue, self.chip
+        assert cost is not None
+        there = accumulated
+        if cost.loaded_bytes:
+            size = cost.loaded_bytes
+            there = max(there, self.load(port_cycles(chip, m, n, shape.n, size), 0.0))
+        self.control += cost.commands * ISSUE_CYCLES
+        begin = max(self.vector, there, self.control - cost.commands * ISSUE_CYCLES)
+        group = timing.vector(chip, m, n, 0, 0).occupancy
+        each = group * cost.cycles / cost.commands + DEPENDENT_CYCLES
+        self.vector = max(begin + cost.commands * each, self.control)
+        # The control core goes on when all but a window's worth of the commands have entered.
+        waiting = max(chip.window - WINDOW_FOR_NEXT_TILE, 1)
+        entered = max(cost.commands - waiting, 0)
+        if entered:
+            self.control = max(self.control, begin + entered * each)
+        self.accumulators.append(begin + group)
+        self.stores_free_acc = False
+        return self.vector
 
     def finish(self) -> float:
         while self.stores:
@@ -116,8 +156,11 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
     """Estimated cycles of the core with the most work, launch excluded, when `a` is ready
     CHAIN_LATENCIES after the start."""
     chain = CHAIN_LATENCIES * (chip.dram_latency + 8)
-    timeline = _Timeline(chip, plan, 2 if plan.resident else 3)
     tiles, steps_per_tile = _share_of_core(chip, shape, plan)
+    commands = 2 if plan.resident else 3
+    if shape.epilogue is not None:
+        commands += -(-shape.epilogue.commands // steps_per_tile)
+    timeline = _Timeline(chip, plan, commands)
     replayed = list(islice(_steps(chip, shape, plan), REPLAYED_STEPS))
     ahead = plan.buffers - 1 if plan.resident else 0
     loaded: deque[float] = deque()  # arrivals of b's tiles
@@ -127,8 +170,8 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
         if plan.resident and step.new_rows:
             while len(loaded) < ahead and number + len(loaded) < len(replayed):
                 loaded.append(_load_b(timeline, shape, replayed[number + len(loaded)]))
-            whole = _port(chip, *_tile_a(shape, step.m, shape.k))
-            resident = timeline.load(*whole, max(timeline.matrix, chain))
+            whole = port_cycles(chip, *_tile_a(shape, step.m, shape.k))
+            resident = timeline.load(whole, max(timeline.matrix, chain))
         if number + len(loaded) < len(replayed):
             loaded.append(_load_b(timeline, shape, replayed[number + len(loaded)]))
         there = loaded.popleft()
@@ -136,8 +179,8 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
             there = max(there, resident)
         else:
             room = max(timeline.released[0], timeline.window[0])
-            a = _port(chip, *_tile_a(shape, step.m, step.k))
-            there = max(there, timeline.load(*a, max(room, chain)))
+            a = port_cycles(chip, *_tile_a(shape, step.m, step.k))
+            there = max(there, timeline.load(a, max(room, chain)))
         timeline.control += ISSUE_CYCLES + (TILE_CYCLES if step.first else 0)
         transposes = shape.transposed_a, shape.transposed_b
         duration = timing.matmul(chip, step.m, step.n, 1, step.k, *transposes)
@@ -146,12 +189,17 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
         timeline.matrix = start + duration.occupancy
         accumulated = timeline.matrix + duration.tail
         timeline.released.append(accumulated)
-        timeline.window.append(accumulated)
+        leaves_window = accumulated
         if step.last:
             timeline.control += ISSUE_CYCLES
             bias = timing.vector(chip, step.m, step.n, 1, 0).occupancy + 30 if shape.bias else 0
-            atoms = dram_atoms(step.m, step.n, shape.n, shape.output_bytes)
-            timeline.stores.append((accumulated + bias, atoms * timeline.atom))
+            cycles = _store_cycles(chip, shape, step.m, step.n)
+            done = accumulated + bias
+            if shape.epilogue is not None:
+                done = timeline.epilogue(shape, step.m, step.n, done)
+                leaves_window = done
+            timeline.stores.append((done, cycles))
+        timeline.window.append(leaves_window)
         if number + 1 == len(replayed) // 2:
             middle = max(timeline.matrix, timeline.port)
     rate = (max(timeline.matrix, timeline.port) - middle) / max(len(replayed) / 2, 1)
@@ -161,7 +209,7 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
 
 def _load_b(timeline: _Timeline, shape: MatmulShape, step: _Step) -> float:
     room = max(timeline.released[0], timeline.window[0])
-    return timeline.load(*_port(timeline.chip, *_tile_b(shape, step.n, step.k)), room)
+    return timeline.load(port_cycles(timeline.chip, *_tile_b(shape, step.n, step.k)), room)
 
 
 @dataclass(frozen=True)
@@ -223,9 +271,26 @@ def _tile_b(shape: MatmulShape, n: int, k: int) -> tuple[int, int, int, int]:
     return k, n, shape.n, shape.operand_bytes
 
 
-def _port(chip: Chip, rows: int, cols: int, pitch: int, size: int) -> tuple[int, int]:
-    """Atoms and local cycles of a load."""
-    return dram_atoms(rows, cols, pitch, size), timing.local_cycles(chip, rows, cols * size)
+def port_cycles(
+    chip: Chip, rows: int, cols: int, pitch: int, size: int, local_size: int | None = None
+) -> int:
+    """Cycles for which a load or store of a tile holds the DRAM port, once its first slot opens.
+
+    rows x cols elements of `size` bytes in rows `pitch` elements apart; local_size: bytes of one
+    in SRAM or ACC, if it is converted.
+    """
+    atoms = dram_atoms(rows, cols, pitch, size)
+    if atoms == 0:
+        return 0
+    local = timing.local_cycles(chip, rows, cols * (local_size or size))
+    return timing.dma_cycles(chip, 1 if cols == pitch else rows, atoms, local)
+
+
+def _store_cycles(chip: Chip, shape: MatmulShape, m: int, n: int) -> int:
+    """A tile of sums, converted on its way unless a bias is added first."""
+    local_size = shape.output_bytes if shape.bias or shape.epilogue else 4
+    lead = timing.store_lead(chip, 8 * shape.output_bytes, 8 * local_size)
+    return lead + port_cycles(chip, m, n, shape.n, shape.output_bytes, local_size)
 
 
 # Choice ------------------------------------------------------------------------------------------
@@ -254,6 +319,8 @@ def legal_plans(chip: Chip, shape: MatmulShape) -> Iterator[MatmulPlan]:
             if _aligned(bm * bn * 4) > acc_half:
                 continue
             output = 2 * _aligned(bm * bn * shape.output_bytes) if shape.bias else 0
+            if shape.epilogue is not None:
+                output = bm * bn * (shape.epilogue.tile_bytes + 4 * shape.bias)
             room = high - low - SMALL_TILES - output
             for bk in block_sizes(shape.k, k_unit, 1 << 16):
                 for resident in (False, True) if shape.fixed_k else (False,):

@@ -64,12 +64,18 @@ _LN2 = 0.6931471824645996
 
 
 def exp(keep: Keep, x: Tree) -> Tree:
-    """2^t (1 + ln2 e) with t = x log2(e) rounded and e what rounding t lost. The clamp keeps
-    infinities out of e and covers every x whose exponential is neither 0 nor infinite."""
-    x = keep(f32("fmin", f32("fmax", x, -110.0), 90.0))
-    t = keep(f32("fmul", x, _LOG2E))
-    lost = f32("fma", x, _LOG2E, f32("fneg", t))
-    factor = f32("fma", f32("fma", x, _LOG2E_LOW, lost), _LN2, 1.0)
+    return _exp(keep, x, 1.0)
+
+
+def _exp(keep: Keep, x: Tree, sign: float) -> Tree:
+    """e^y of y = sign x, sign 1 or -1, as 2^t (1 + ln2 e) with t = y log2(e) rounded and e what
+    rounding t lost. The clamp keeps infinities out of e and covers every y whose exponential is
+    neither 0 nor infinite."""
+    low, high = (-110.0, 90.0) if sign > 0 else (-90.0, 110.0)
+    x = keep(f32("fmin", f32("fmax", x, low), high))
+    t = keep(f32("fmul", x, sign * _LOG2E))
+    gained = f32("fma", x, -sign * _LOG2E, t)
+    factor = f32("fma", f32("fma", x, -sign * _LOG2E_LOW, gained), -_LN2, 1.0)
     return f32("fmul", f32("exp2", t), factor)
 
 
@@ -111,7 +117,7 @@ def log1p(keep: Keep, x: Tree) -> Tree:
 
 
 def sigmoid(keep: Keep, x: Tree) -> Tree:
-    return f32("recip", f32("fadd", exp(keep, f32("fneg", x)), 1.0))
+    return f32("recip", f32("fadd", _exp(keep, x, -1.0), 1.0))
 
 
 _TANH = (

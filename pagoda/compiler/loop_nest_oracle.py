@@ -204,7 +204,7 @@ def _reduce(nest: LoopNest, kind: str, value: Any, dtype: str, shape) -> np.ndar
     value = np.asarray(value)
     spread = tuple(s if d >= outer else value.shape[d] if value.ndim else 1
                    for d, s in enumerate(shape))  # fmt: skip
-    row = np.broadcast_to(value, spread).reshape(spread[:outer] + (-1,))
+    row = np.broadcast_to(value, spread).reshape(spread[:outer] + (math.prod(shape[outer:]),))
     if kind in ("argmax", "argmin"):
         result = getattr(np, kind)(row, axis=-1)  # numpy: first NaN, then lowest index
     elif kind == "any":

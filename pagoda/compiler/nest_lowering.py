@@ -27,30 +27,17 @@ from typing import Literal
 from pagoda.compiler.builder import KernelBuilder
 from pagoda.compiler.index_expr import Const
 from pagoda.compiler.loop_nest import (
-    LOW_PRECISION,
-    Bitcast,
-    Cast,
-    Constant,
-    IndexValue,
-    Indirect,
-    Load,
     LoopNest,
-    Op,
-    Pointwise,
     Reduce,
     Store,
 )
-from pagoda.compiler.nest_access import Accesses, window_of
-from pagoda.compiler.nest_frame import MAX_TREE, Frame, Value, tree_size
+from pagoda.compiler.nest_frame import Frame
+from pagoda.compiler.nest_operations import Operations
 from pagoda.compiler.nest_plan import Plan, plan, stages
 from pagoda.compiler.nest_reduce import Reduction
 from pagoda.compiler.nest_simplify import simplify
-from pagoda.compiler.pointwise import bitcast, check_dtype, compose, convert, is_float
 from pagoda.compiler.scalar import ZERO, CoreCount, CoreId, Int, minimum
-from pagoda.compiler.tile_ir import Kernel, Read, Splat, Tree, splat
-from pagoda.isa.numbers import DType
-
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+from pagoda.compiler.tile_ir import Kernel
 
 
 @dataclass(frozen=True)
@@ -89,81 +76,47 @@ def lower(nest: LoopNest, blocks: Blocks, hints: Mapping[str, int] | None = None
     return LoweredNest(kernel, (*words, *(Word("symbol", k) for k in range(len(nest.symbols)))))
 
 
-class _Lowering:
+class _Lowering(Operations):
     def __init__(self, nest: LoopNest, layout: Plan, blocks: Blocks):
-        self.plan, self.nest = layout, layout.nest
         self.b = KernelBuilder(f"nest_{nest.key[:8]}")
         names = [f"p{k}" for k in range(len(nest.params))]
-        rows = self._limit(layout.row, blocks.rows)
-        cols = self._limit(layout.col, blocks.cols)
-        if self.nest.reduced:
+        rows = _limit(layout, layout.row, blocks.rows)
+        cols = _limit(layout, layout.col, blocks.cols)
+        if layout.nest.reduced:
             cols = -(-cols // 64) * 64
         self.b.block("rows", rows)
         self.b.block("cols", cols)
-        self.chunked = self._is_chunked(cols)
+        self.chunked = _is_chunked(layout, cols)
         # One block of columns is no work to share out.
         single = layout.parallel == layout.col and not self.chunked
-        self.frame = Frame(self.b, layout, None if single else layout.parallel, rows, cols)
-        self.access = Accesses(self.frame, names)
+        frame = Frame(self.b, layout, None if single else layout.parallel, rows, cols)
+        super().__init__(frame, names)
         for name, param in zip(names, range(len(names)), strict=True):
             self.b.tensor(name, self.access.memory(param), 0)
         for symbol in nest.symbols:
             self.b.scalar(symbol)
-        self.row_level = len(layout.loops) + 1
-        self.dims = self.nest.dims_of()
+        self.innermost = len(layout.loops) + 1
         self.stage = stages(self.nest)
         self.levels = self._levels()
-        self.users = self._users()
         self.states: dict[int, Reduction] = {}
-
-    def _limit(self, dim: int | None, block: int) -> int:
-        if dim is None:
-            return 1
-        size = self.nest.dims[dim]
-        return max(min(block, size.value), 1) if isinstance(size, Const) else block
-
-    def _is_chunked(self, cols: int) -> bool:
-        if self.plan.col is None:
-            return False
-        size = self.nest.dims[self.plan.col]
-        return bool(self.plan.inner) or not isinstance(size, Const) or size.value > cols
 
     # What is computed where ----------------------------------------------------------------------
 
-    def _args(self, op: Op) -> tuple[int, ...]:
-        """Values an operation really uses: a mask that became bounds is not looked at."""
-        if isinstance(op, Load) and window_of(self.plan, op) is not None:
-            return tuple(op.index.refs())
-        return op.args()
-
     def _levels(self) -> list[int]:
-        """How many loops stand around each operation: 0 none, then `plan.loops`, then the row
-        blocks, then the column blocks (with the inner loops)."""
-        plan, found = self.plan, []
+        """How many loops stand around each operation: 0 none, then `plan.order()`, then the column
+        blocks (with the inner loops)."""
+        plan, order, found = self.plan, self.plan.order(), []
         for number, op in enumerate(self.nest.body):
             dims = self.dims[number]
-            level = max((k + 1 for k, d in enumerate(plan.loops) if d in dims), default=0)
-            if plan.row in dims:
-                level = self.row_level
+            level = max((k + 1 for k, d in enumerate(order) if d in dims), default=0)
             if self.chunked and (plan.col in dims or dims & set(plan.inner)):
-                level = self.row_level + 1
+                level = self.innermost + 1
             used = [found[a] for a in self._args(op)]
             if isinstance(op, Reduce):
-                found.append(self.row_level)
+                found.append(self.innermost)
             else:
                 found.append(max([level, *used]))
         return found
-
-    def _users(self) -> list[list[int]]:
-        users: list[list[int]] = [[] for _ in self.nest.body]
-        for number, op in enumerate(self.nest.body):
-            for a in self._args(op):
-                users[a].append(number)
-        needed = [isinstance(op, Store) for op in self.nest.body]
-        for number in range(len(needed) - 1, -1, -1):
-            needed[number] = needed[number] or any(needed[u] for u in users[number])
-        self.needed = needed
-        return [[u for u in found if needed[u]] for found in users]
 
     # Loops ---------------------------------------------------------------------------------------
 
@@ -174,15 +127,15 @@ class _Lowering:
             if self.plan.col is not None and not self.chunked:
                 self.frame.bound[self.plan.col] = ZERO
                 self.frame.cols = self.frame.scalar(self.nest.dims[self.plan.col])
-            self._emit(self._at(0))
-            for level, dim in enumerate(self.plan.loops, start=1):
-                stack.enter_context(self._loop(dim, 1))
-                self._emit(self._at(level))
-            if self.plan.row is not None:
-                stack.enter_context(self._loop(self.plan.row, self.frame.max_rows))
-                left = self.frame.scalar(self.nest.dims[self.plan.row])
-                left = left - self.frame.bound[self.plan.row]
-                self.frame.rows = self.b.let("rows", minimum(self.frame.max_rows, left))
+            self.emit(self._at(0))
+            for level, dim in enumerate(self.plan.order(), start=1):
+                is_row = dim == self.plan.row
+                stack.enter_context(self._loop(dim, self.frame.max_rows if is_row else 1))
+                if is_row:
+                    left = self.frame.scalar(self.nest.dims[dim]) - self.frame.bound[dim]
+                    self.frame.rows = self.b.let("rows", minimum(self.frame.max_rows, left))
+                if level < self.innermost:
+                    self.emit(self._at(level))
             self._row_block()
         return self.b.build()
 
@@ -203,17 +156,17 @@ class _Lowering:
             self.frame.open.pop()
 
     def _row_block(self) -> None:
-        here = self._at(self.row_level)
+        here = self._at(self.innermost)
         if not self.chunked:
-            self._emit(here)
+            self.emit(here)
             return
-        columns = self._at(self.row_level + 1)
+        columns = self._at(self.innermost + 1)
         reductions = [n for n in here if isinstance(self.nest.body[n], Reduce)]
         stores = [n for n in columns if isinstance(self.nest.body[n], Store)]
         last = max((self.stage[n] for n in (*reductions, *stores)), default=0)
         for number in range(last + 2):
             ready = [n for n in here if self.stage[n] == number and n not in reductions]
-            self._emit(ready)
+            self.emit(ready)
             goals = [n for n in reductions if self.stage[n] == number]
             if number == last:
                 goals += stores
@@ -243,74 +196,21 @@ class _Lowering:
                 if n in reductions:
                     self.states[n].add(self._value(body[n].value))
                 else:
-                    self._emit([n])
+                    self.emit([n])
             self.frame.cols = whole
         for n in reductions:
             self.frame.values[n] = self.states[n].result()
 
-    # Operations ----------------------------------------------------------------------------------
 
-    def _emit(self, numbers: list[int]) -> None:
-        for number in numbers:
-            op = self.nest.body[number]
-            if isinstance(op, Store):
-                self.access.store(number, op)
-            else:
-                self.frame.values[number] = self._settled(number, self._made(number, op))
+def _limit(layout: Plan, dim: int | None, block: int) -> int:
+    if dim is None:
+        return 1
+    size = layout.nest.dims[dim]
+    return max(min(block, size.value), 1) if isinstance(size, Const) else block
 
-    def _value(self, number: int) -> Value:
-        return self.frame.values[number]
 
-    def _made(self, number: int, op: Op) -> Value:
-        frame, shape = self.frame, self.plan.shape(self.dims[number])
-
-        def keep(tree: Tree) -> Tree:
-            return frame.keep(tree, shape)
-
-        match op:
-            case Constant(value, dtype):
-                check_dtype(dtype, "a constant")
-                if is_float(dtype):
-                    return Value(splat(float(value)), None)
-                return Value(splat(min(max(int(value), INT32_MIN), INT32_MAX)), None)
-            case Load():
-                return self.access.load(number, op)
-            case IndexValue(index, dtype):
-                tree = frame.index_tree(index, shape)
-                tree = convert(tree, "int64", dtype)
-                return Value(tree, None if isinstance(tree, Splat) else shape)
-            case Indirect():
-                return self.access.indirect(number, op)
-            case Pointwise(name, operands, dtype):
-                args = tuple(frame.operand(self._value(o), shape) for o in operands)
-                source = self.nest.value_dtype(operands[-1])
-                return Value(compose(name, dtype, source, args, keep), shape)
-            case Cast(value, dtype):
-                tree = frame.operand(self._value(value), shape)
-                tree = convert(tree, self.nest.value_dtype(value), dtype)
-                if dtype in LOW_PRECISION:  # a bfloat16 tile rounds
-                    tree = Read(frame.whole(tree, shape, DType.BF16))
-                return Value(tree, shape)
-            case Bitcast(value, dtype):
-                tree = frame.operand(self._value(value), shape)
-                return Value(bitcast(tree, self.nest.value_dtype(value), dtype), shape)
-            case Reduce(_, value, _):
-                state = Reduction(frame, op, self.nest.value_dtype(value))
-                state.whole(self._value(value))
-                return state.result()
-        raise TypeError(f"no such operation: {op!r}")
-
-    def _settled(self, number: int, value: Value) -> Value:
-        """A value as a tree where one later operation of its shape and level uses it, else as a
-        tile."""
-        if value.shape is None:
-            return value
-        users = self.users[number]
-        if len(users) == 1 and tree_size(value.tree) <= MAX_TREE:
-            user = users[0]
-            op = self.nest.body[user]
-            inline = isinstance(op, (Pointwise, Cast, Bitcast, Store))
-            same = self.plan.shape(self.dims[user]) == value.shape
-            if inline and same and self.levels[user] == self.levels[number]:
-                return value
-        return Value(self.frame.keep(value.tree, value.shape), value.shape)
+def _is_chunked(layout: Plan, cols: int) -> bool:
+    if layout.col is None:
+        return False
+    size = layout.nest.dims[layout.col]
+    return bool(layout.inner) or not isinstance(size, Const) or size.value > cols

@@ -4,7 +4,7 @@ A tile covers `rows` steps of the row dimension and `cols` steps of the column d
 other dimension is a loop of the control core. The loops from the outside in:
 
     loops          outer dimensions that are neither rows nor columns
-    row blocks
+    row blocks     (before the loops if more loads depend on rows alone than on loops alone)
     inner loops    reduced dimensions but the last
     column blocks
 
@@ -31,7 +31,7 @@ FULL, COLUMN, ROW = "rows x cols", "rows x 1", "1 x cols"
 class Plan:
     """row, col: dimensions, None where there is none. serial: one core does everything, in
     row-major order of the iteration space. parallel: the dimension whose blocks are dealt out to
-    the cores (None: the first core works alone)."""
+    the cores (None: the first core works alone). row_first: row blocks outside the loops."""
 
     nest: LoopNest
     row: int | None
@@ -40,6 +40,12 @@ class Plan:
     inner: tuple[int, ...]
     serial: bool
     parallel: int | None
+    row_first: bool = False
+
+    def order(self) -> tuple[int, ...]:
+        """The loops and the row blocks, from the outside in."""
+        rows = () if self.row is None else (self.row,)
+        return (*rows, *self.loops) if self.row_first else (*self.loops, *rows)
 
     def shape(self, dims: frozenset[int]) -> str:
         """The shape of a value that depends on `dims`. A value that depends on neither rows nor
@@ -81,7 +87,17 @@ def plan(nest: LoopNest, hints: Mapping[str, int] | None = None) -> Plan:
         parallel = max(candidates, key=lambda d: size_of(nest.dims[d], hints), default=None)
         if row is not None and size_of(nest.dims[row], hints) >= 16:
             parallel = row
-    return Plan(nest, row, col, loops, inner, serial, parallel)
+    row_first = not serial and row is not None and _rows_outside(nest, row, loops)
+    return Plan(nest, row, col, loops, inner, serial, parallel, row_first)
+
+
+def _rows_outside(nest: LoopNest, row: int, loops: tuple[int, ...]) -> bool:
+    """Whether more loads stay the same from one iteration of the loops to the next than from one
+    row block to the next."""
+    dims = [d for op, d in zip(nest.body, nest.dims_of(), strict=True) if isinstance(op, Load)]
+    same_in_loops = sum(row in d and not d & set(loops) for d in dims)
+    same_in_rows = sum(row not in d and bool(d & set(loops)) for d in dims)
+    return same_in_loops > same_in_rows
 
 
 def _needs_order(nest: LoopNest) -> bool:

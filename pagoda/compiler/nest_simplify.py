@@ -3,6 +3,8 @@
 `simplify` returns an equal nest in which
 
 - a load that reads back what the nest stored at the same index is the stored value,
+- x / (1 + exp(-y)) is x * sigmoid(y): the quotient is no better than its exponential, and the
+  product takes half the time (error: `pointwise`),
 - argmax and argmin are ones the chip has, or a maximum and the lowest position that equals it,
 - index expressions use `//` and `%` only where splitting a dimension cannot remove them,
 - dimensions of size 1 are gone (but one reduced dimension stays in a nest with reductions),
@@ -46,10 +48,22 @@ INT32_MAX = 2**31 - 1
 def simplify(nest: LoopNest) -> LoopNest:
     """See the module's docstring."""
     nest = _forward_stores(nest)
+    nest = _recognise_sigmoid(nest)
     nest = _split_dimensions(nest)
     nest = _drop_single(nest)
     nest = _merge_dimensions(nest)
     return _rewrite_arg_reductions(nest)
+
+
+def as_rows(nest: LoopNest, cols: int) -> LoopNest | None:
+    """A simplified nest without reductions over two dimensions, the last of `cols` steps; None if
+    its dimensions do not allow that."""
+    if len(nest.dims) == 2 and nest.dims[1] == Const(cols):
+        return nest
+    if len(nest.dims) != 1 or cols < 1 or (nest.dims[0] // cols) * cols != nest.dims[0]:
+        return None
+    atoms: dict[Expr, Expr | int] = {Var(0): Var(0) * cols + Var(1)}
+    return _renumbered(nest, [nest.dims[0] // cols, Const(cols)], 0, atoms)
 
 
 # Rewriting bodies --------------------------------------------------------------------------------
@@ -120,6 +134,37 @@ def _forward_stores(nest: LoopNest) -> LoopNest:
             stored[op.param] = op.index, op.value
         body.copy(number, op)
     return _with_body(nest, body)
+
+
+def _recognise_sigmoid(nest: LoopNest) -> LoopNest:
+    """x / (1 + exp(-y)) as x * sigmoid(y), the way silu arrives."""
+    body = _Body()
+    for number, op in enumerate(nest.body):
+        y = None
+        if isinstance(op, Pointwise) and op.name == "div" and op.dtype == "float32":
+            y = _sigmoid_argument(nest, op.operands[1])
+        if y is None:
+            body.copy(number, op)
+            continue
+        factor = body.add(Pointwise("sigmoid", (body.values[y],), op.dtype))
+        product = Pointwise("mul", (body.values[op.operands[0]], factor), op.dtype)
+        body.values[number] = body.add(product)
+    return _with_body(nest, body)
+
+
+def _sigmoid_argument(nest: LoopNest, denominator: int) -> int | None:
+    """y if the value is 1 + exp(-y), or None."""
+    total = nest.body[denominator]
+    if not isinstance(total, Pointwise) or total.name != "add":
+        return None
+    for one, power in (total.operands, total.operands[::-1]):
+        chain = nest.body[power]
+        if nest.body[one] != Constant(1.0, "float32") or not isinstance(chain, Pointwise):
+            continue
+        minus = nest.body[chain.operands[0]]
+        if chain.name == "exp" and isinstance(minus, Pointwise) and minus.name == "neg":
+            return minus.operands[0]
+    return None
 
 
 def _rewrite_arg_reductions(nest: LoopNest) -> LoopNest:

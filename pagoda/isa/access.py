@@ -7,6 +7,7 @@ from the first byte to the last, gaps included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -49,6 +50,11 @@ def starts(loops: Loops) -> NDArray[np.int64]:
     for count, stride in loops:
         total = (total[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
     return total
+
+
+def loop_count(loops: Loops) -> int:
+    """How many rows the loops place."""
+    return math.prod(count for count, _ in loops)
 
 
 def merge(loops: Loops, row_bytes: int) -> tuple[Loops, int]:
@@ -133,6 +139,12 @@ class DramRows:
         last = self.offset + sum(max(reach, 0) for reach in reaches) + self.row_bytes - 1
         return first, last
 
+    def rows(self) -> int:
+        """Rows after merging."""
+        if self.indices is not None:
+            return len(self.indices)
+        return loop_count(merge(self.loops, self.row_bytes)[0])
+
     def atoms(self) -> int:
         """Aligned 64-byte atoms touched, row by row after merging; indexed rows never merge.
 
@@ -182,12 +194,6 @@ class Access:
             read |= bank_mask(chip, tile.hull) * tile.reads
             write |= bank_mask(chip, tile.hull) * tile.writes
         return read, write
-
-    def atoms(self) -> int:
-        """DRAM atoms moved; an accumulating command moves each twice."""
-        if self.dram is None:
-            return 0
-        return self.dram.atoms() * (int(self.dram.reads) + int(self.dram.writes))
 
 
 def bank_mask(chip: Chip, hull: Range) -> int:

@@ -8,6 +8,7 @@ import runpy
 import tomllib
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -79,7 +80,7 @@ class Chip:
             ("clock_hz", 1, 10**11),
             ("pe_stages", 1, 16),
             ("window", 2, 16),
-            ("dram_latency", 0, 100_000),
+            ("dram_latency", 1, 100_000),
             ("launch_cycles", 1, 1_000_000),
         ):
             if not low <= getattr(self, field) <= high:
@@ -117,6 +118,13 @@ class Chip:
                 f"must be at least the array's columns ({self.cols})",
                 f"use {self.cols} or more lanes",
             )
+        row_bytes = self.rows * (2 if "bf16" in self.matrix_types else 1)
+        if self.port_bytes < row_bytes:
+            self._refuse(
+                "lanes",
+                f"a port of 4 * lanes bytes must hold one row of A ({row_bytes} bytes)",
+                f"use {row_bytes // 4} or more lanes",
+            )
         for memory in ("sram", "acc"):
             if self.bank_bytes(memory) < max(64, self.port_bytes):
                 self._refuse(
@@ -139,7 +147,7 @@ class Chip:
         """Cycles from reading a partial sum in ACC to writing it back (D in the manual)."""
         return self.rows * self.pe_stages + self.cols + 4
 
-    @property
+    @cached_property
     def dram_share(self) -> Fraction:
         """Bytes per cycle of one core's DRAM port: every core owns an equal share of the turns."""
         return self.dram_bytes_per_cycle / self.cores

@@ -25,7 +25,7 @@ class Definition:
     def __init__(self, chip: Chip, *, trace: bool = False, checking: bool = False):
         self.chip = chip
         self.dram = np.zeros(chip.dram_bytes, np.uint8)
-        self._trace, self._checking = trace, checking
+        self.tracing, self._checking = trace, checking
         self._cores = [Core(chip, number, self.dram, checking) for number in range(chip.cores)]
         self._resident = ""
         self._launch: Launch | None = None
@@ -163,7 +163,7 @@ class Definition:
         return total
 
     def _make_trace(self) -> np.ndarray | None:
-        if not self._trace:
+        if not self.tracing:
             return None
         rows = [
             (

@@ -72,6 +72,7 @@ class Machine(Protocol):
 
     chip: Chip
     dram: np.ndarray  # uint8, the chip's whole DRAM as host memory; pages are taken when touched
+    tracing: bool  # launches that start now return a trace
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Bytes of DRAM."""

@@ -24,10 +24,10 @@ from pagoda.isa.timing_examples import EXAMPLES
 PATH = Path(__file__).parents[2] / "docs" / "isa.md"
 
 FORMULAS = {  # command -> the function of `timing` that gives its duration
-    "load": timing.dma,
-    "store": timing.dma,
-    "gather": timing.dma,
-    "scatter": timing.dma,
+    "load": timing.load,
+    "store": timing.store,
+    "gather": timing.load,
+    "scatter": timing.store,
     "matmul": timing.matmul,
     "vector": timing.vector,
     "reduce": timing.reduce_rows,
@@ -226,15 +226,30 @@ def _checks() -> list[str]:
 def _durations() -> list[str]:
     parts = ["## Durations", _documentation(timing)]
     parts.append(
-        "DMA: b = `dram_share`; X = 64 / b. A load that starts in s and moves n atoms takes the n "
-        "slots from the first that opens in s or later: occupancy = max(cycle of the slot after "
-        "the last - s, local cycles, 1), where n = 0 counts as no slots. Local cycles = local rows "
-        "* ceil(bytes of a local row / P). Rows whose stride equals their length count as one, "
-        "then planes likewise; rows of gather and scatter do not. The tail is dram_latency + 8; "
-        "accumulating moves every atom twice and has tail 2 * dram_latency + 12. Other formulas "
-        "are the Python below; an empty command has occupancy 1 and tail 0."
+        "DMA: b = `dram_share`; X = 64 / b; atom slot j opens in cycle ceil(j * X), so where X < 1 "
+        "several slots share a cycle. A load that starts in s takes slots from the first that "
+        "opens in s or later, a store from the first that opens in s + lead or later, when its "
+        "first atom has been read: say port(j0). Occupancy = port(j0) - s + the first number "
+        "below; a load without atoms (all padding) waits for no slot."
     )
-    formulas = dict.fromkeys([*FORMULAS.values(), timing.reduce_columns, timing.ceil_div])
+    parts.append(
+        "The atoms of a DRAM row are the aligned 64-byte atoms it touches. Rows whose stride "
+        "equals their length count as one, then planes likewise, in DRAM and locally, each by its "
+        "own strides; rows of gather and scatter do not. Local cycles = local rows * ceil(bytes "
+        "of a row / P). A load with any padding merges no local rows: `local` are the cycles of "
+        "the rows that are read, padded columns included, `padding` those of the rows that are "
+        "not, and `right` = ceil(bytes of the columns padded after / P)."
+    )
+    parts.append(
+        "The DRAM port serves its requests in order, and what has left one core's port is seen by "
+        "every later request of any core: a load that starts when a store has finished reads what "
+        "it stored, although the store's tail holds no dram_latency. `dram_latency` is the time "
+        "from a load's slot to its data. Other formulas are the Python below; an empty command "
+        "has occupancy 1 and tail 0."
+    )
+    helpers = (timing.dma_cycles, timing.store_lead)
+    others = (timing.reduce_columns, timing.dram_slot_cycle, timing.ceil_div)
+    formulas = dict.fromkeys([*helpers, *FORMULAS.values(), *others])
     code = "\n\n".join(inspect.getsource(formula).rstrip() for formula in formulas)
     parts.append(f"```python\n{code}\n```")
     rows = [

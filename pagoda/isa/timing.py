@@ -8,6 +8,9 @@ rule's business (`window`). `timing_examples` applies every formula by hand.
     D   cycles from reading a partial sum in ACC to writing it back: R * pe_stages + C + 4
     L   lanes of the vector engine                    L'     min(L, 64)
     X   cycles from one DRAM atom to the next: 64 * cores / bytes per cycle, a rational
+
+An engine is a pipeline; its last access lies before the command's finish, whatever commands came
+before. `bench/early_rtl` compares these forms with such pipelines.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pagoda.isa.access import Access, bank_mask, merge, operands_per_bank
+from pagoda.isa.access import Access, bank_mask, loop_count, merge, operands_per_bank
 from pagoda.isa.accumulation import LANES, ReduceOp
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 from pagoda.isa.functions import VECTOR_FUNCTIONS
@@ -49,7 +52,8 @@ def index_cycles(chip: Chip, rows: int) -> int:
     return ceil_div(rows, chip.lanes) + 4
 
 
-# DRAM port. Atom slots open in cycles ceil(j * X), j = 0, 1, 2, ..., counted from the launch. -----
+# DRAM port. Atom slots open in cycles ceil(j * X), j = 0, 1, 2, ..., counted from the launch; where
+# X < 1, several of them in one cycle. -------------------------------------------------------------
 
 
 def dram_slot_cycle(chip: Chip, slot: int) -> int:
@@ -66,16 +70,29 @@ def first_dram_slot(chip: Chip, cycle: int) -> int:
     return (cycle - 1) * share.numerator // (DRAM_ATOM_BYTES * share.denominator) + 1
 
 
-def dram_cycles(chip: Chip, start: int, atoms: int) -> int:
-    """Cycles from `start` until the slot after the last of `atoms` opens; 0 for no atoms."""
-    if atoms == 0:
-        return 0
-    return dram_slot_cycle(chip, first_dram_slot(chip, start) + atoms) - start
-
-
 def local_cycles(chip: Chip, rows: int, row_bytes: int) -> int:
     """Cycles in which a DMA engine moves `rows` rows through a bank port."""
     return rows * ceil_div(row_bytes, chip.port_bytes)
+
+
+def dma_cycles(chip: Chip, rows: int, atoms: int, local: int, ways: int = 1) -> int:
+    """T: cycles from the first atom slot when every row takes the longer of its two sides.
+
+    The `rows` DRAM rows are equally long, so each has `few` atoms or one more; `ways` slots an
+    atom. The local side has `local` cycles for all rows together, an equal share for each.
+    """
+    share = chip.dram_share
+    slot = ways * DRAM_ATOM_BYTES * share.denominator  # X = slot / unit
+    unit = share.numerator
+    few, many = divmod(atoms, rows)
+    scaled = (rows - many) * max(few * slot * rows, local * unit)
+    scaled += many * max((few + 1) * slot * rows, local * unit)
+    return ceil_div(scaled, rows * unit)
+
+
+def store_lead(chip: Chip, mem_bits: int, local_bits: int) -> int:
+    """Cycles in which the elements of one atom are read from their bank."""
+    return ceil_div(DRAM_ATOM_BYTES * local_bits, mem_bits * chip.port_bytes)
 
 
 # Commands. ----------------------------------------------------------------------------------------
@@ -83,26 +100,49 @@ def local_cycles(chip: Chip, rows: int, row_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Duration:
-    """Occupancy and tail; for DMA (atoms not None) `occupancy` is the local side's share."""
+    """Occupancy and tail. `lead` is None but for commands that move DRAM atoms: their occupancy
+    counts from the first atom slot that opens `lead` cycles after the start or later."""
 
     occupancy: int
     tail: int
-    atoms: int | None = None
+    lead: int | None = None
 
     def occupancy_from(self, chip: Chip, start: int) -> int:
         """Cycles from the start in cycle `start` until the engine is free."""
-        if self.atoms is None:
+        if self.lead is None:
             return self.occupancy
-        return max(dram_cycles(chip, start, self.atoms), self.occupancy, 1)
+        slot = first_dram_slot(chip, start + self.lead)
+        return dram_slot_cycle(chip, slot) - start + self.occupancy
 
 
 EMPTY = Duration(1, 0)
 
 
-def dma(chip: Chip, atoms: int, local: int, accumulate: bool) -> Duration:
-    """load, store, gather, scatter; `atoms` counts both ways when accumulating."""
-    tail = 2 * chip.dram_latency + 12 if accumulate else chip.dram_latency + 8
-    return Duration(local, tail, atoms)
+def load(
+    chip: Chip, rows: int, atoms: int, local: int, padding: int = 0, right: int = 0
+) -> Duration:
+    """load and gather; `rows` DRAM rows. Without atoms everything is padding.
+
+    local: cycles of the rows that hold data; padding: of the other rows, which are written first;
+    right: of the zeros behind the last row's data.
+    """
+    tail = chip.dram_latency + 8 + dram_slot_cycle(chip, 1)
+    if atoms == 0:
+        return Duration(local + padding, tail)
+    paced = dma_cycles(chip, rows, atoms, local) + right
+    return Duration(max(paced, local + padding), tail, lead=0)
+
+
+def store(
+    chip: Chip, rows: int, atoms: int, local: int, lead: int, accumulate: bool = False
+) -> Duration:
+    """store and scatter. Accumulating takes a second slot for every atom, to read it; it is
+    written back when it has arrived, so the port is needed for that much longer."""
+    late = dram_slot_cycle(chip, 1)
+    paced = dma_cycles(chip, rows, atoms, local, 2 if accumulate else 1)
+    if accumulate:
+        paced += chip.dram_latency + 8 + late
+    return Duration(paced, 12 + late, lead)
 
 
 def matmul(
@@ -172,17 +212,18 @@ def duration(chip: Chip, touched: Access | None) -> Duration:
         return EMPTY
     f: Mapping[str, int] = touched.fields
     match touched.command:
-        case "load" | "store":
+        case "load":
+            return _load(chip, touched)
+        case "store":
             tile = touched.tiles[0]
             loops, row_bytes = merge(tile.loops, tile.row_bytes)
-            rows = 1
-            for count, _ in loops:
-                rows *= count
-            local = local_cycles(chip, rows, row_bytes)
-            return dma(chip, touched.atoms(), local, bool(f.get("accumulate")))
-        case "gather" | "scatter":
+            return _store(chip, touched, local_cycles(chip, loop_count(loops), row_bytes))
+        case "gather":
             local = local_cycles(chip, f["rows"], touched.tiles[0].row_bytes)
-            return dma(chip, touched.atoms(), local, bool(f.get("accumulate")))
+            return load(chip, f["rows"], touched.dram.atoms(), local)
+        case "scatter":
+            local = local_cycles(chip, f["rows"], touched.tiles[0].row_bytes)
+            return _store(chip, touched, local)
         case "matmul":
             return matmul(
                 chip, f["m0"] * f["m1"] * f["m2"], f["n"], f["k_outer"], f["k_inner"],
@@ -202,6 +243,24 @@ def duration(chip: Chip, touched: Access | None) -> Duration:
             return transpose(chip, f["rows"], f["cols"])
         case _:
             return iota(chip, f["rows"], f["cols"])
+
+
+def _load(chip: Chip, touched: Access) -> Duration:
+    f, tile, dram = touched.fields, touched.tiles[0], touched.dram
+    rows, atoms = (dram.rows(), dram.atoms()) if dram is not None else (0, 0)
+    outside = f["pad_above"] + f["pad_below"]
+    if outside or f["pad_left"] or f["pad_right"]:
+        one_row = local_cycles(chip, f["planes"], tile.row_bytes)
+        right = local_cycles(chip, 1, f["pad_right"] * tile.dtype.bits // 8)
+        return load(chip, rows, atoms, (f["rows"] - outside) * one_row, outside * one_row, right)
+    loops, row_bytes = merge(tile.loops, tile.row_bytes)
+    return load(chip, rows, atoms, local_cycles(chip, loop_count(loops), row_bytes))
+
+
+def _store(chip: Chip, touched: Access, local: int) -> Duration:
+    dram, accumulate = touched.dram, bool(touched.fields["accumulate"])
+    lead = store_lead(chip, dram.dtype.bits, touched.tiles[0].dtype.bits)
+    return store(chip, dram.rows(), dram.atoms(), local, lead, accumulate)
 
 
 def _share_bank(chip: Chip, touched: Access) -> bool:

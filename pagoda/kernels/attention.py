@@ -30,7 +30,9 @@ Schedule. A unit of work is a (batch, group block, head block, query block); uni
 u mod cores. Its rows are the queries of the heads that share a KV head, so that K and V are read
 once for all of them, and when that is few (decoding), of several KV heads: each has matrix products
 of its own, but the softmax is one. The first loop over a softmax block loads K, makes scores and
-their maximum span by span; the second makes weights, loads V and adds to the result.
+their maximum span by span; the second makes weights, loads V and adds to the result. Between the
+two the matrix engine gets the first scores of the next unit to do, and the result of the last one
+is written (not if operands are split into terms): so neither engine waits long for the other.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 from pagoda.compiler.builder import KernelBuilder, TensorHandle
 from pagoda.compiler.scalar import (
@@ -112,6 +115,28 @@ if group_block > 1, head_block is H / G. group_blocks, head_blocks, query_blocks
 cover G, H / G and Q."""
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """One unit of work. rows = heads * queries, group_rows of them per KV head; seen: keys that its
+    last query sees; first_limit: those that its first one does (if causal: each later query of a
+    head sees one more)."""
+
+    batch: Scalar
+    group: Scalar
+    groups: Scalar
+    head: Scalar
+    heads: Scalar
+    query: Scalar
+    queries: Scalar
+    group_rows: Scalar
+    rows: Scalar
+    first_limit: Scalar
+    seen: Scalar
+
+
+KEY_BUFFERS = 4  # tiles of K on their way or in use
+
+
 class _Attention:
     """Builds the kernel; each method emits the statements of one step."""
 
@@ -146,27 +171,80 @@ class _Attention:
         return self.b.tensor(name, self.dtype, 4, **fixed)
 
     def build(self) -> Kernel:
+        b, given, most = self.b, self.scalars, self.blocks.rows
+        self.ahead = self.terms == 1
+        self.counts = [given[name] for name in ("group_blocks", "head_blocks", "query_blocks")]
+        batches = self.q.size(0)
+        units = b.let("units", batches * self.counts[0] * self.counts[1] * self.counts[2])
+        # Two halves each: what the unit works on, and what is made for the next one.
+        self.dots = b.tile(DType.F32, 2 * most, self.blocks.span, name="dots", memory="acc")
+        if self.ahead:
+            self.q_tile = b.tile(DType.BF16, 2 * most, self.head_dim, name="q_tile")
+            rows = KEY_BUFFERS * self.blocks.keys
+            self.k_tile = b.tile(DType.BF16, rows, self.head_dim, name="k_tile")
+        self.half, self.q_half, self.k_turn = map(b.fresh, ("half", "q_half", "k_turn"))
+        for name in (self.half, self.q_half, self.k_turn):
+            b.emit(Let(name, ZERO))
+        self.result = b.tile(DType.F32, 2 * most, self.value_dim, name="result", memory="acc")
+        self.inverse = b.tile(DType.F32, 2 * most, 1, name="inverse")
+        self.next, self.last = self._variables("next"), self._variables("last")
+        if self.ahead:
+            with b.when(CoreId().lt(units)):
+                self._begin(CoreId())
+        with b.loop("unit", CoreId(), units, CoreCount()) as unit:
+            if not self.ahead:
+                self._begin(unit)
+            current = self._variables("this")
+            self._assign(current, self.next)
+            b.emit(Let(self.q_half, ONE - Variable(self.q_half)))
+            self.q_now = self._q_views(self._this_half())
+            following = unit + CoreCount()
+            self._unit(current, unit, following, following.lt(units))
+            if self.ahead:
+                self._assign(self.last, current)
+        if self.ahead:
+            with b.when(CoreId().lt(units)):
+                self._write(self.last, self._this_half())
+        return b.build()
+
+    def _this_half(self) -> Scalar:
+        return ONE - Variable(self.q_half)
+
+    def _variables(self, prefix: str) -> _Unit:
+        names = [field.name for field in fields(_Unit)]
+        return _Unit(**{name: Variable(self.b.fresh(f"{prefix}_{name}")) for name in names})
+
+    def _assign(self, unit: _Unit, values: _Unit) -> None:
+        for field in fields(_Unit):
+            variable = getattr(unit, field.name)
+            assert isinstance(variable, Variable)
+            self.b.emit(Let(variable.name, getattr(values, field.name)))
+
+    def _begin(self, number: Scalar) -> None:
+        """Find out what unit `number` is, load its queries, and make its first scores."""
         b, given = self.b, self.scalars
         shared, group_block = given["heads_per_group"], given["group_block"]
-        counts = [given[name] for name in ("group_blocks", "head_blocks", "query_blocks")]
-        units = b.let("units", self.q.size(0) * counts[0] * counts[1] * counts[2])
-        with b.loop("unit", CoreId(), units, CoreCount()) as unit:
-            rest, query_index = self._divide("query", unit, counts[2])
-            rest, head_index = self._divide("head", rest, counts[1])
-            self.batch, group_index = self._divide("group", rest, counts[0])
-            self.group = b.let("group", group_index * group_block)
-            self.groups = b.let("groups", minimum(group_block, self.k.size(1) - self.group))
-            first = b.let("first_head", head_index * given["head_block"])
-            heads = b.let("group_heads", minimum(given["head_block"], shared - first))
-            self.head = b.let("head", self.group * shared + first)
-            self.heads = b.let("heads", heads * self.groups)
-            self.query = b.let("query", query_index * given["query_block"])
-            rest = self.q.size(2) - self.query
-            self.queries = b.let("queries", minimum(given["query_block"], rest))
-            self.group_rows = b.let("group_rows", heads * self.queries)
-            self.rows = b.let("rows", self.heads * self.queries)
-            self._unit()
-        return b.build()
+        rest, query_index = self._divide("query", number, self.counts[2])
+        rest, head_index = self._divide("head", rest, self.counts[1])
+        batch, group_index = self._divide("group", rest, self.counts[0])
+        group = b.let("group", group_index * group_block)
+        groups = b.let("groups", minimum(group_block, self.k.size(1) - group))
+        first = b.let("first_head", head_index * given["head_block"])
+        heads = b.let("group_heads", minimum(given["head_block"], shared - first))
+        query = b.let("query", query_index * given["query_block"])
+        queries = b.let("queries", minimum(given["query_block"], self.q.size(2) - query))
+        seen, first_limit = self.k.size(2), ZERO
+        if self.causal:
+            first_limit = b.let("first_limit", query + self.offset + 1)
+            seen = b.let("seen", maximum(minimum(seen, first_limit + (queries - 1)), 0))
+        all_heads = b.let("heads", heads * groups)
+        unit = _Unit(
+            batch, group, groups, group * shared + first, all_heads, query, queries,
+            heads * queries, all_heads * queries, first_limit, seen,
+        )  # fmt: skip
+        self._assign(self.next, unit)
+        self._load_queries(self.next)
+        self._dot_keys(self.next, ZERO, minimum(self.blocks.span, self.next.seen))
 
     def _divide(self, name: str, value: Scalar, count: Scalar) -> tuple[Scalar, Scalar]:
         """value // count and value % count; a count of 1 costs no division."""
@@ -181,96 +259,110 @@ class _Attention:
 
     # One unit ------------------------------------------------------------------------------------
 
-    def _unit(self) -> None:
+    def _unit(self, unit: _Unit, number: Scalar, following: Scalar, more: Scalar) -> None:
+        """The unit whose queries and first scores are there; `following` is the next, if `more`."""
         b, most = self.b, self.blocks.rows
-        q_terms = self._load_queries()
-        result = b.tile(DType.F32, most, self.value_dim, name="result", memory="acc")
+        result = self.result.view(self._this_half() * most)
         max_state = b.tile(DType.F32, most, SPAN_UNIT, name="max_state")
         sum_state = b.tile(DType.F32, most, SPAN_UNIT, name="sum_state")
         maxima = b.tile(DType.F32, most, 2, name="maxima")  # of this block and the one before
         scores = b.tile(DType.F32, most, SOFTMAX_BLOCK, name="scores")
-        b.elementwise(max_state, splat(-FLT_MAX), self.rows)
-        seen = self.k.size(2)
-        limits = None
-        if self.causal:
-            # The unit's first query sees the keys before first_limit, each later one a key more.
-            self.first_limit = b.let("first_limit", self.query + self.offset + 1)
-            last_limit = self.first_limit + (self.queries - 1)
-            seen = b.let("seen", maximum(minimum(seen, last_limit), 0))
-            limits = self._limits(seen)
+        b.elementwise(max_state, splat(-FLT_MAX), unit.rows)
+        limits = self._limits(unit) if self.causal else None
         parity = b.fresh("parity")
         b.emit(Let(parity, ZERO))
-        with b.loop("block", 0, maximum(seen, 1), SOFTMAX_BLOCK) as block:
-            keys = b.let("keys", minimum(SOFTMAX_BLOCK, seen - block))
+        with b.loop("block", 0, maximum(unit.seen, 1), SOFTMAX_BLOCK) as block:
+            keys = b.let("keys", minimum(SOFTMAX_BLOCK, unit.seen - block))
             with b.loop("span", 0, keys, self.blocks.span) as span:
                 count = b.let("count", minimum(self.blocks.span, keys - span))
                 first = b.let("first", block + span)
-                dots = self._dot_keys(q_terms, first, count)
+                with b.when(first.ne(0)):
+                    self._dot_keys(unit, first, count, self.q_now)
                 view = scores.view(0, span)
-                self._mask_scores(view, dots, first, count, limits)
-                b.reduce("fmax", max_state, view, self.rows, count, first=0, start=span)
+                self._mask_scores(unit, view, first, count, limits)
+                b.reduce("fmax", max_state, view, unit.rows, count, first=0, start=span)
+                b.emit(Let(self.half, ONE - Variable(self.half)))
             maximum_now = maxima.view(0, Variable(parity))
-            b.finish("fmax", maximum_now, max_state, self.rows)
+            b.finish("fmax", maximum_now, max_state, unit.rows)
             with b.when(block.ne(0)):
                 before = maxima.view(0, ONE - Variable(parity))
-                self._rescale(before, maximum_now, sum_state, result)
+                self._rescale(unit, before, maximum_now, sum_state, result)
+            if self.ahead:
+                last = (block + SOFTMAX_BLOCK).ge(unit.seen)
+                with b.when(last * more):
+                    self._begin(following)
+                with b.when(block.eq(0) * number.gt(CoreId())):
+                    self._write(self.last, Variable(self.q_half))
             with b.loop("span", 0, maximum(keys, 1), self.blocks.span) as span:
                 count = b.let("count", minimum(self.blocks.span, keys - span))
                 first = b.let("first", block + span)
-                weights = self._weights(scores.view(0, span), maximum_now, count, sum_state, first)
-                self._dot_values(result, weights, first, count)
+                view = scores.view(0, span)
+                weights = self._weights(unit, view, maximum_now, count, sum_state, first)
+                self._dot_values(unit, result, weights, first, count)
             b.emit(Let(parity, ONE - Variable(parity)))
-        self._write(result, sum_state)
+        self._invert(unit, sum_state)
+        if not self.ahead:
+            self._write(unit, self._this_half())
 
-    def _load_queries(self) -> list[Tile]:
+    def _q_views(self, half: Scalar | None = None) -> list[View]:
+        """The terms of the queries in one half of the tile; by default the one to fill next."""
+        if not self.ahead:
+            return [tile.view() for tile in self.q_terms]
+        half = Variable(self.q_half) if half is None else half
+        return [self.q_tile.view(half * self.blocks.rows)]
+
+    def _load_queries(self, unit: _Unit) -> None:
         b, most = self.b, self.blocks.rows
-        window = self.q.at(self.batch, self.head, self.query)
-        if self.terms == 1:
-            tile = b.tile(DType.BF16, most, self.head_dim, name="q_tile", buffers=2)
-            self._load_rows(tile, window, self.head_dim)
-            return [tile]
+        window = self.q.at(unit.batch, unit.head, unit.query)
+        if self.ahead:
+            self._load_rows(unit, self._q_views()[0], window, self.head_dim)
+            return
         whole = b.tile(DType.F32, most, self.head_dim, name="q_float", buffers=1)
-        self._load_rows(whole, window, self.head_dim)
-        terms = self._term_tiles("q", most, self.head_dim)
-        split_terms(b, whole, terms, self.rows, self.head_dim)
-        return terms
+        self._load_rows(unit, whole.view(), window, self.head_dim)
+        self.q_terms = self._term_tiles("q", most, self.head_dim)
+        split_terms(b, whole, self.q_terms, unit.rows, self.head_dim)
 
-    def _load_rows(self, tile: Tile, window: Access, cols: Scalar | int) -> None:
+    def _load_rows(self, unit: _Unit, view: View, window: Access, cols: Scalar | int) -> None:
         """A window of the unit's heads (planes) and queries (rows), stacked without gaps."""
-        extents = self.queries, cols, self.heads
-        self.b.load(tile, window, *extents, plane_stride=self.queries * tile.row_bytes)
+        extents = unit.queries, cols, unit.heads
+        self.b.load(view, window, *extents, plane_stride=unit.queries * view.tile.row_bytes)
 
     def _term_tiles(self, name: str, rows: int, cols: int) -> list[Tile]:
         return [
             self.b.tile(DType.BF16, rows, cols, name=f"{name}{term}") for term in range(self.terms)
         ]
 
-    def _limits(self, seen: Scalar) -> Tile:
+    def _limits(self, unit: _Unit) -> Tile:
         """The number of keys each row sees; made only if some row of the unit sees fewer."""
         b = self.b
         limits = b.tile(DType.I32, self.blocks.rows, 1, name="limits")
-        with b.when(seen.gt(self.first_limit)), b.loop("plane", 0, self.heads) as plane:
-            place = limits.view(plane * self.queries, 0)
-            b.iota(place, self.queries, 1, start=self.first_limit, row_step=1)
+        hides = unit.seen.gt(unit.first_limit)
+        with b.when(hides), b.loop("plane", 0, unit.heads) as plane:
+            place = limits.view(plane * unit.queries, 0)
+            b.iota(place, unit.queries, 1, start=unit.first_limit, row_step=1)
         return limits
 
     # Scores --------------------------------------------------------------------------------------
 
-    def _dot_keys(self, q_terms: list[Tile], first: Scalar, count: Scalar) -> Tile:
-        """q k^T for `count` keys from `first` on, in ACC."""
-        b = self.b
-        acc = b.tile(DType.F32, self.blocks.rows, self.blocks.span, name="dots", memory="acc")
-        with self._runs(count) as (run, keys), b.loop("member", 0, self.groups) as member:
-            window = self.k.at(self.batch, self.group + member, first + run)
-            k_terms = self._load_terms("k", window, keys, self.head_dim)
-            row = b.let("row", member * self.group_rows)
+    def _dot_keys(
+        self, unit: _Unit, first: Scalar, count: Scalar, q_terms: list[View] | None = None
+    ) -> None:
+        """q k^T for `count` keys from `first` on, into the half of `dots` that is free.
+
+        q_terms: None for what `_load_queries` has just loaded."""
+        b, q_views = self.b, q_terms or self._q_views()
+        half = Variable(self.half) * self.blocks.rows
+        with self._runs(count) as (run, keys), b.loop("member", 0, unit.groups) as member:
+            window = self.k.at(unit.batch, unit.group + member, first + run)
+            k_terms = self._load_keys(window, keys)
+            row = b.let("row", member * unit.group_rows)
             for number, (i, j) in enumerate(products(self.terms)):
                 b.dot(
-                    acc.view(row, run), q_terms[i].view(row), k_terms[j],
-                    self.group_rows, keys, self.head_dim,
+                    self.dots.view(half + row, run),
+                    replace(q_views[i], row=q_views[i].row + row), k_terms[j],
+                    unit.group_rows, keys, self.head_dim,
                     accumulate=int(number > 0), transpose_b=True,
                 )  # fmt: skip
-        return acc
 
     @contextmanager
     def _runs(self, count: Scalar, once: bool = False) -> Iterator[tuple[Scalar, Scalar]]:
@@ -283,76 +375,90 @@ class _Attention:
         with b.loop("run", 0, maximum(count, 1) if once else count, most) as run:
             yield run, b.let("run_keys", minimum(most, count - run))
 
-    def _load_terms(self, name: str, window: Access, keys: Scalar, width: int) -> list[Tile]:
+    def _load_keys(self, window: Access, keys: Scalar) -> list[View]:
+        """Rows of K as bf16 terms."""
+        if self.terms > 1:
+            return self._load_terms("k", window, keys, self.head_dim)
+        self.b.emit(Let(self.k_turn, (Variable(self.k_turn) + 1) % KEY_BUFFERS))
+        place = self.k_tile.view(Variable(self.k_turn) * self.blocks.keys)
+        self.b.load(place, window, keys, self.head_dim)
+        return [place]
+
+    def _load_terms(self, name: str, window: Access, keys: Scalar, width: int) -> list[View]:
         """Rows of K or V as bf16 terms."""
         b, most = self.b, self.blocks.keys
         if self.terms == 1:
             tile = b.tile(DType.BF16, most, width, name=f"{name}_tile")
             b.load(tile, window, keys, width)
-            return [tile]
+            return [tile.view()]
         whole = b.tile(DType.F32, most, width, name=f"{name}_float", buffers=1)
         b.load(whole, window, keys, width)
         terms = self._term_tiles(name, most, width)
         split_terms(b, whole, terms, keys, width)
-        return terms
+        return [term.view() for term in terms]
 
     def _mask_scores(
-        self, view: View, dots: Tile, first: Scalar, count: Scalar, limits: Tile | None
+        self, unit: _Unit, view: View, first: Scalar, count: Scalar, limits: Tile | None
     ) -> None:
         """Scaled and masked scores of `count` keys from `first` on."""
-        b, shape = self.b, (self.rows, count)
+        b, shape = self.b, (unit.rows, count)
+        dots = self.dots.view(Variable(self.half) * self.blocks.rows)
         scale = splat(self.scalars["scale"], "float")
-        scaled = apply("fmul", Read(dots.view()), scale)
+        scaled = apply("fmul", Read(dots), scale)
         visible: Tree | None = None
         if self.mask_dtype is not None:
-            mask = self._load_mask(first, count)
+            mask = self._load_mask(unit, first, count)
             if self.mask_dtype is DType.BOOL:
                 visible = Read(mask.view())
             else:
-                scaled = apply("fma", Read(dots.view()), scale, Read(mask.view()))
+                scaled = apply("fma", Read(dots), scale, Read(mask.view()))
+        b.elementwise(view, _hide(scaled, visible), *shape)
         if limits is None:
-            b.elementwise(view, _hide(scaled, visible), *shape)
             return
-        with b.body() as plain:
-            b.elementwise(view, _hide(scaled, visible), *shape)
-        # `limits` exist where a row of the unit sees fewer keys than another.
-        with b.when((first + count).gt(self.first_limit), plain):
+        # `limits` exist where a row of the unit sees fewer keys than another. Of a span those keys
+        # from `hidden` on (whole lanes) are the ones that some row may not see.
+        with b.when((first + count).gt(unit.first_limit)):
+            hidden = maximum(unit.first_limit - first, 0) // SPAN_UNIT * SPAN_UNIT
+            hidden = b.let("hidden", hidden)
+            part = replace(view, col=view.col + hidden)
+            shape = unit.rows, b.let("part", count - hidden)
             position = b.tile(DType.I32, 1, self.blocks.span, name="position")
-            b.iota(position, 1, count, start=first)
+            b.iota(position, 1, shape[1], start=first + hidden)
             before = apply("ilt", Row(position.view()), Column(limits.view()))
-            both = before if visible is None else apply("and", before, visible)
             shown = b.tile(DType.I8, self.blocks.rows, self.blocks.span, name="visible")
-            b.elementwise(shown, both, *shape)
-            b.elementwise(view, _hide(scaled, Read(shown.view())), *shape)
+            b.elementwise(shown, before, *shape)
+            b.elementwise(part, _hide(Read(part), Read(shown.view())), *shape)
 
-    def _load_mask(self, first: Scalar, count: Scalar) -> Tile:
+    def _load_mask(self, unit: _Unit, first: Scalar, count: Scalar) -> Tile:
         """The mask of the unit's rows; keys need not be contiguous in memory."""
         b, mask = self.b, self.mask
         assert mask is not None
         local = DType.I8 if self.mask_dtype is DType.BOOL else self.mask_dtype
         tile = b.tile(local, self.blocks.rows, self.blocks.span, name="mask_tile", buffers=2)
-        window = mask.at(self.batch, self.head, self.query, first, rows=2, planes=1)
-        with b.body() as scattered, b.loop("plane", 0, self.heads) as plane:
+        window = mask.at(unit.batch, unit.head, unit.query, first, rows=2, planes=1)
+        with b.body() as scattered, b.loop("plane", 0, unit.heads) as plane:
             offset = window.offset + plane * mask.stride(1)
             b.load(
-                tile.view(plane * self.queries, 0),
+                tile.view(plane * unit.queries, 0),
                 Access("mask", offset, mask.stride(3), mask.stride(2)),
-                count, 1, self.queries,
+                count, 1, unit.queries,
                 row_stride=tile.element_bytes, plane_stride=tile.row_bytes,
             )  # fmt: skip
         with b.when(mask.stride(3).eq(mask.tensor.dtype.bits // 8), scattered):
-            self._load_rows(tile, window, count)
+            self._load_rows(unit, tile.view(), window, count)
         return tile
 
     # Weights and result --------------------------------------------------------------------------
 
-    def _rescale(self, before: View, now: View, sum_state: Tile, result: Tile) -> None:
+    def _rescale(
+        self, unit: _Unit, before: View, now: View, sum_state: Tile, result: View
+    ) -> None:
         """What was summed up relative to the maximum `before`, relative to `now`."""
         b = self.b
         factor = b.tile(DType.F32, self.blocks.rows, 1, name="factor")
-        b.elementwise(factor, self._power(Read(before), Read(now)), self.rows, 1)
-        for tile in (sum_state, result):
-            b.elementwise(tile, apply("fmul", Read(tile.view()), Column(factor.view())), self.rows)
+        b.elementwise(factor, self._power(Read(before), Read(now)), unit.rows, 1)
+        for view in (sum_state.view(), result):
+            b.elementwise(view, apply("fmul", Read(view), Column(factor.view())), unit.rows)
 
     def _power(self, score: Tree, maximum_now: Tree) -> Tree:
         difference = apply("fsub", score, maximum_now)
@@ -361,51 +467,64 @@ class _Attention:
         return apply("exp2", difference)
 
     def _weights(
-        self, scores: View, maximum_now: View, count: Scalar, sum_state: Tile, first: Scalar
+        self,
+        unit: _Unit,
+        scores: View,
+        maximum_now: View,
+        count: Scalar,
+        sum_state: Tile,
+        first: Scalar,
     ) -> list[Tile]:
         """The weights of one span of keys as bf16 terms, added to the sum."""
         b, shape = self.b, (self.blocks.rows, self.blocks.span)
         summed = b.tile(DType.BF16 if self.terms == 1 else DType.F32, *shape, name="weights")
         power = self._power(Read(scores), Column(maximum_now))
-        b.elementwise(summed, power, self.rows, count)
-        b.reduce("fsum", sum_state, summed, self.rows, count, first=first.eq(0), start=scores.col)
+        b.elementwise(summed, power, unit.rows, count)
+        b.reduce("fsum", sum_state, summed, unit.rows, count, first=first.eq(0), start=scores.col)
         if self.terms == 1:
             return [summed]
         terms = self._term_tiles("weights", *shape)
-        split_terms(b, summed, terms, self.rows, count)
+        split_terms(b, summed, terms, unit.rows, count)
         return terms
 
-    def _dot_values(self, result: Tile, weights: list[Tile], first: Scalar, count: Scalar) -> None:
+    def _dot_values(
+        self, unit: _Unit, result: View, weights: list[Tile], first: Scalar, count: Scalar
+    ) -> None:
         """result += weights v for `count` keys from `first` on; from key 0 on it starts anew."""
         b = self.b
         runs = self._runs(count, once=True)
-        with runs as (run, keys), b.loop("member", 0, self.groups) as member:
-            window = self.v.at(self.batch, self.group + member, first + run)
+        with runs as (run, keys), b.loop("member", 0, unit.groups) as member:
+            window = self.v.at(unit.batch, unit.group + member, first + run)
             v_terms = self._load_terms("v", window, keys, self.value_dim)
-            row = b.let("row", member * self.group_rows)
+            row = b.let("row", member * unit.group_rows)
             for number, (i, j) in enumerate(products(self.terms)):
                 b.dot(
-                    result.view(row), weights[i].view(row, run), v_terms[j],
-                    self.group_rows, self.value_dim, keys,
+                    replace(result, row=result.row + row), weights[i].view(row, run), v_terms[j],
+                    unit.group_rows, self.value_dim, keys,
                     accumulate=1 if number else (first + run).ne(0),
                 )  # fmt: skip
 
-    def _write(self, result: Tile, sum_state: Tile) -> None:
-        b, most = self.b, self.blocks.rows
-        total = b.tile(DType.F32, most, 1, name="total")
-        b.finish("fsum", total, sum_state, self.rows)
-        positive = apply("fmax", Read(total.view()), splat(1.0))
+    def _invert(self, unit: _Unit, sum_state: Tile) -> None:
+        """What the unit's result has to be multiplied by."""
+        b = self.b
+        total = self.inverse.view(self._this_half() * self.blocks.rows)
+        b.finish("fsum", total, sum_state, unit.rows)
+        positive = apply("fmax", Read(total), splat(1.0))
         # The table's 2 ulp are far below bf16, and it takes a quarter of a division's time.
         exact = self.dtype is DType.F32
         inverse = apply("fdiv", splat(1.0), positive) if exact else apply("recip", positive)
-        b.elementwise(total, inverse, self.rows)
+        b.elementwise(total, inverse, unit.rows)
+
+    def _write(self, unit: _Unit, half: Scalar) -> None:
+        b, most = self.b, self.blocks.rows
         rounded = b.tile(self.dtype, most, self.value_dim, name="rounded")
-        quotient = apply("fmul", Read(result.view()), Column(total.view()))
-        b.elementwise(rounded, apply("fadd", quotient, splat(0.0)), self.rows)
+        result, inverse = (tile.view(half * most) for tile in (self.result, self.inverse))
+        quotient = apply("fmul", Read(result), Column(inverse))
+        b.elementwise(rounded, apply("fadd", quotient, splat(0.0)), unit.rows)
         b.store(
-            self.out.at(self.batch, self.head, self.query), rounded,
-            self.queries, self.value_dim, self.heads,
-            plane_stride=self.queries * rounded.row_bytes,
+            self.out.at(unit.batch, unit.head, unit.query), rounded,
+            unit.queries, self.value_dim, unit.heads,
+            plane_stride=unit.queries * rounded.row_bytes,
         )  # fmt: skip
 
 

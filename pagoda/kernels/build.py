@@ -26,6 +26,7 @@ from pagoda.compiler.region import KernelCall, Region, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
 from pagoda.kernels.attention_call import attention_arguments, attention_for
+from pagoda.kernels.fusion import FusedCall, fuse
 from pagoda.kernels.matmul_call import matmul_for
 
 
@@ -46,7 +47,7 @@ def build(
     symbols: sizes to choose tiles for; it runs, with the same bits, for any others. Raises
     CompileError, naming the step, for what no kernel does.
     """
-    steps = [_prepare(step, chip, symbols) for step in region.steps]
+    steps = [_prepare(step, chip, symbols) for step in fuse(region)]
     blobs: dict[Kernel, Blob] = {}
     for step in steps:
         if step.kernel not in blobs:
@@ -77,8 +78,10 @@ def _plan(
     return PlannedLaunch(linked.program, calls)
 
 
-def _prepare(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
+def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
     try:
+        if isinstance(step, FusedCall):
+            return _fused(step, chip, symbols)
         if isinstance(step.kernel, LoopNest):
             return _nest(step, chip, symbols)
         if step.kernel.name == "copy":
@@ -119,6 +122,12 @@ def _element(view: View) -> Expr:
     """Index of the element at the iteration's position, from the view's first element."""
     terms = (Var(d) * stride for d, stride in enumerate(view.strides))
     return sum(terms, start=Const(0))
+
+
+def _fused(step: FusedCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
+    kernel, views = matmul_for(step.product, chip, symbols, epilogue=step.epilogue)
+    words = _words(kernel, views | step.views(), step.scalars())
+    return _Step(kernel, words, step.origin)
 
 
 def _nest(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:

@@ -9,6 +9,7 @@ from pagoda.compiler.errors import CompileError
 from pagoda.compiler.index_expr import Const, Expr
 from pagoda.compiler.language import TensorType
 from pagoda.compiler.loop_nest import ITEMSIZE
+from pagoda.compiler.nest_epilogue import Epilogue
 from pagoda.compiler.region import KernelCall, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
@@ -22,13 +23,18 @@ _INTS = {"int32": DType.I32}
 
 
 def matmul_for(
-    call: KernelCall, chip: Chip, symbols: Mapping[str, int], terms: int = 3
+    call: KernelCall,
+    chip: Chip,
+    symbols: Mapping[str, int],
+    terms: int = 3,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Kernel, dict[str, View]]:
     """The kernel for a step and a view per tensor of it.
 
     Operands are bfloat16 or float32 (then results and bias are one of these) or int8 (then int32).
     symbols: sizes to choose the blocks for. terms: how many bf16 terms float32 operands are split
-    into (`float32.TERMS`). Raises CompileError for what the kernels do not take.
+    into (`float32.TERMS`). epilogue: of a product of bfloat16 operands (`fusion`). Raises
+    CompileError for what the kernels do not take.
     """
     name = call.kernel.name
     out, *rest = call.args
@@ -60,7 +66,7 @@ def matmul_for(
     if a.dtype is DType.F32:
         kernel = build_matmul_float32(chip, **types, terms=terms, expected=expected)
     else:
-        kernel = build_matmul(chip, **types, expected=expected)
+        kernel = build_matmul(chip, **types, expected=expected, epilogue=epilogue)
     return kernel, views
 
 

@@ -57,7 +57,8 @@ class _LoadedStep:
                 self._inputs.append(argument.value)
                 continue
             view = entry.view
-            sizes, strides = (tuple(e.evaluate({}) for e in of) for of in (view.sizes, view.strides))
+            sizes = tuple(size.evaluate({}) for size in view.sizes)
+            strides = tuple(stride.evaluate({}) for stride in view.strides)
             self._inputs.append(TensorArg(pointers[argument], sizes, strides, view.dtype))
 
     def run(self, count: int, position: int, ids: int, logits: int, vocabulary: int) -> int:
@@ -101,8 +102,7 @@ class ChipSession:
         """Weights, buffers and an empty cache in DRAM; host pointers by argument."""
         device, model = self.device, self.model
         addresses = {
-            Argument("weight", name): device.place(values)
-            for name, values in model.buffers.items()
+            Argument("weight", name): device.place(values) for name, values in model.buffers.items()
         }
         used = model.prefill.weights.keys() | model.decode.weights.keys()
         for name, values in weights:

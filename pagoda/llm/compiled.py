@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from pagoda.compiler.cache import Cache
 from pagoda.isa.chip import Chip
-from pagoda.kernels.build import build
 
+from .errors import ModelError
+from .gguf import tensor_layout
 from .program import (
     CAPACITY,
     DECODE_POSITION,
@@ -16,6 +18,7 @@ from .program import (
     SHIFT,
     CompiledModel,
     StepProgram,
+    cache_bytes,
     load,
     save,
 )
@@ -35,15 +38,18 @@ def compile_model(
     config: LlamaConfig's arguments (`ModelFile.hyperparameters`); store: where they are kept;
     capacity: positions of its cache, at most the model's context; progress: called with the name of
     each stage when it begins. Torch is loaded only when they are not in the store. Raises
-    CompileError.
+    ModelError for a chip that cannot hold the model, CompileError.
     """
     capacity = min(capacity, config["max_position_embeddings"])
+    _check_chip(config, capacity, chip)
     found = load(store, config, capacity, chip)
     if found is not None:
         return found
     progress("loading PyTorch")
     import torch
     from transformers import LlamaConfig
+
+    from pagoda.pytorch.chip import build
 
     from .trace import trace
 
@@ -65,3 +71,23 @@ def compile_model(
     model = CompiledModel(config, capacity, DTYPE, *programs, traced.buffers)
     save(store, model)
     return model
+
+
+def _check_chip(config: dict[str, Any], capacity: int, chip: Chip) -> None:
+    """Before any work: does the chip multiply bfloat16, and hold weights and cache?"""
+    if "bf16" not in chip.matrix_types:
+        raise ModelError(
+            f"chip {chip.name}",
+            "a language model needs a matrix engine that multiplies bf16",
+            f"this one multiplies {', '.join(chip.matrix_types)}",
+            "Choose another chip: pagoda chips lists them.",
+        )
+    weights = 2 * sum(math.prod(shape) for _, shape, _ in tensor_layout(config).values())
+    need = weights + cache_bytes(config, capacity)
+    if need > chip.dram_bytes:
+        raise ModelError(
+            f"chip {chip.name}",
+            f"its memory must hold weights and cache, {need / 1e6:,.0f} MB in bfloat16",
+            f"it has {chip.dram_bytes / 1e6:,.0f} MB",
+            "Choose a chip with more DRAM (pagoda chips lists them), or a smaller model.",
+        )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .chip_session import Step
-from .program import CompiledModel
+from .program import CompiledModel, cache_bytes
 
 
 def macs(config: dict[str, Any], count: int, position: int) -> int:
@@ -37,16 +37,10 @@ def weight_bytes(model: CompiledModel, count: int) -> int:
     return sum(weights.values())
 
 
-def cache_bytes(model: CompiledModel, positions: int) -> int:
-    """Bytes of keys and values of so many positions."""
-    config = model.config
-    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
-    return 2 * 2 * heads * config["head_dim"] * positions
-
-
 def step_bytes(model: CompiledModel, step: Step) -> int:
     """Weights and live keys and values of a step, each once."""
-    return weight_bytes(model, step.count) + cache_bytes(model, step.position + step.count)
+    positions = step.position + step.count
+    return weight_bytes(model, step.count) + cache_bytes(model.config, positions)
 
 
 def cycles(steps: Sequence[Step]) -> int:

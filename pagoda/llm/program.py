@@ -7,20 +7,16 @@ without the model that they were traced from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-import pagoda
-from pagoda.compiler.cache import Cache
+from pagoda.compiler.cache import Cache, source_hash
 from pagoda.compiler.executable import Executable
 from pagoda.compiler.region import Region
 from pagoda.isa.chip import Chip
@@ -34,6 +30,15 @@ DECODE_POSITION = 256
 CAPACITY = 2048  # positions of the cache, unless the model's context is shorter
 
 _PACKAGES = ("torch", "transformers", "llvmlite", "numpy")
+_DAMAGE = (  # what an unpickler raises
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 _STOREYS = ("isa", "compiler", "kernels", "pytorch", "llm")  # whose code shapes programs
 
 
@@ -104,11 +109,17 @@ class CompiledModel:
 
     @staticmethod
     def from_bytes(data: bytes) -> CompiledModel:
-        """Raises an exception of any kind if the bytes are not from `to_bytes` of this version."""
+        """Raises one of `_DAMAGE` if the bytes are not from `to_bytes` of this version."""
         found = pickle.loads(data)
         if not isinstance(found, CompiledModel):
             raise TypeError(f"not a compiled model: {type(found).__name__}")
         return found
+
+
+def cache_bytes(config: dict[str, Any], positions: int) -> int:
+    """Bytes of keys and values, in bfloat16, of so many positions."""
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    return 2 * 2 * heads * config["head_dim"] * positions
 
 
 def load(store: Cache, config: dict[str, Any], capacity: int, chip: Chip) -> CompiledModel | None:
@@ -118,7 +129,7 @@ def load(store: Cache, config: dict[str, Any], capacity: int, chip: Chip) -> Com
         return None
     try:
         found = CompiledModel.from_bytes(data)
-    except Exception:  # an unpickler may raise anything; the entry is then made anew
+    except _DAMAGE:  # the entry is made anew
         return None
     return found if (found.config, found.capacity, found.chip) == (config, capacity, chip) else None
 
@@ -131,14 +142,6 @@ def key(config: dict[str, Any], capacity: int, chip: Chip) -> str:
     """Depends on all that shapes the programs: sizes, chip, Pagoda's sources, packages."""
     versions = [f"{name} {version(name)}" for name in _PACKAGES]
     sizes = json.dumps(config, sort_keys=True)
-    return Cache.key("language model", sizes, str(capacity), repr(chip), _sources(), *versions)
-
-
-@cache
-def _sources() -> str:
-    """SHA-256 of the Python files that shape programs."""
-    package = Path(pagoda.__file__).parent
-    total = hashlib.sha256()
-    for path in sorted(path for storey in _STOREYS for path in (package / storey).rglob("*.py")):
-        total.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return total.hexdigest()
+    return Cache.key(
+        "language model", sizes, str(capacity), repr(chip), source_hash(*_STOREYS), *versions
+    )

@@ -105,7 +105,7 @@ def trace(
                 compiled(ids, TRACED_POSITION + SHIFT)
                 region, inputs = recorder.calls[-1]
                 regions.append((region, tuple(_argument(each, known) for each in inputs)))
-                torch._dynamo.reset()
+        torch._dynamo.reset_code(step.__code__)  # it would hold the model
         used = {a.name for _, arguments in regions for a in arguments if a.kind == "weight"}
         buffers = {
             name: host_alias(tensor).numpy().copy()

@@ -22,14 +22,15 @@ from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 
 aten = torch.ops.aten
 NAME = "pagoda"
+DEFAULT_CHIP = "edge"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class State:
-    """What the device is made of at the moment; see `use`."""
+    """What the device is made of at the moment; see `use`. Both None: nothing is open yet."""
 
     def __init__(self) -> None:
-        self.allocator: Allocator = HostAllocator()
+        self.allocator: Allocator | None = None
         self.executor: Executor | None = None
         self.fallbacks: Counter[str] = Counter()
 
@@ -41,17 +42,34 @@ def use(executor: Executor | None = None, allocator: Allocator | None = None) ->
     """Gives the device the executor that runs its regions, and the allocator of its memory.
 
     Tensors made before keep the memory they have, and give it back to the allocator they got it
-    from; an executor that only accepts its own memory must be set before any tensor is made.
+    from; an executor that only accepts its own memory must be set before any tensor is made. Until
+    an allocator is given, tensors lie in ordinary host memory.
     """
     importlib.import_module("pagoda.pytorch.inductor")  # registers the torch.compile backend
     if executor is not None:
         state.executor = executor
     if allocator is not None:
         state.allocator = allocator
+    elif state.allocator is None:
+        state.allocator = HostAllocator()
+
+
+def _open_default() -> None:
+    if state.executor is None and state.allocator is None:
+        importlib.import_module("pagoda.pytorch.chip").use_chip(DEFAULT_CHIP)
+
+
+def _allocator() -> Allocator:
+    """The allocator; without one, the default chip is opened."""
+    _open_default()
+    assert state.allocator is not None
+    return state.allocator
 
 
 def executor() -> Executor:
-    """The executor; raises RuntimeError if none was given."""
+    """The executor; without it and an allocator, the default chip is opened. Raises RuntimeError
+    if only an allocator was given."""
+    _open_default()
     if state.executor is None:
         raise RuntimeError(
             'device "pagoda" cannot compute: it needs an executor, and none was set. '
@@ -120,6 +138,10 @@ class _Module(types.ModuleType):
     def reset_fallbacks(self) -> None:
         state.fallbacks.clear()
 
+    def use_chip(self, chip: Any = DEFAULT_CHIP) -> Any:
+        """See `pagoda.pytorch.chip.use_chip`."""
+        return importlib.import_module("pagoda.pytorch.chip").use_chip(chip)
+
     def _is_in_bad_fork(self) -> bool:
         return False
 
@@ -146,7 +168,7 @@ def empty_strided(
     count = 0
     if all(size):
         count = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    memory = device_bytes(count * dtype.itemsize, state.allocator)
+    memory = device_bytes(count * dtype.itemsize, _allocator())
     return _as_strided(aten.view.dtype.redispatch(_CPU, memory, dtype), size, stride, 0)
 
 
@@ -163,7 +185,7 @@ def _resize_(t: torch.Tensor, size, *, memory_format=None) -> torch.Tensor:
     storage = t.untyped_storage()
     nbytes = math.prod(size) * t.dtype.itemsize
     if nbytes > storage.nbytes() - t.storage_offset() * t.dtype.itemsize:
-        storage = device_bytes(nbytes, state.allocator).untyped_storage()
+        storage = device_bytes(nbytes, _allocator()).untyped_storage()
     return aten.set_.source_Storage_storage_offset.redispatch(
         _CPU, t, storage, 0, list(size), _contiguous_strides(size)
     )
@@ -210,7 +232,11 @@ _VIEWS = {
 
 
 def _register_operations() -> list[torch.library.Library]:
-    """Libraries must stay alive as long as their registrations."""
+    """Libraries must stay alive as long as their registrations.
+
+    What torch calls here is out of bounds for Dynamo: inside a compiled module whose forward runs
+    uncompiled, it would else take our code for the user's and compile that.
+    """
     library = torch.library.Library("aten", "IMPL")
     for name, function in {
         "empty.memory_format": _empty,
@@ -222,7 +248,7 @@ def _register_operations() -> list[torch.library.Library]:
         "_local_scalar_dense": _local_scalar_dense,
         **{name: _redispatched(op) for name, op in _VIEWS.items()},
     }.items():
-        library.impl(name, function, "PrivateUse1")
+        library.impl(name, torch._disable_dynamo(function), "PrivateUse1")
     rest = torch.library.Library("_", "IMPL")
 
     def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +256,7 @@ def _register_operations() -> list[torch.library.Library]:
 
         return eager.run(op, args, kwargs)
 
-    rest.fallback(compute, "PrivateUse1")
+    rest.fallback(torch._disable_dynamo(compute), "PrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     return [library, rest]
 
@@ -240,7 +266,7 @@ def _storage_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _new_storage(nbytes: int) -> torch.UntypedStorage:
-    return device_bytes(nbytes, state.allocator).untyped_storage()
+    return device_bytes(nbytes, _allocator()).untyped_storage()
 
 
 def _patch_storage() -> None:

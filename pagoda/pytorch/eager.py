@@ -87,24 +87,29 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if isinstance(out, torch.Tensor) and out.numel() == 0:
         return _resized(op, args, kwargs)
     flat, spec = pytree.tree_flatten((args, kwargs))
-    flat = [_place(a) for a in flat]
+    flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
     dynamic_ok = _symbolic_arguments(op)
     leaves = _leaf_arguments(op, args, kwargs)
+    twins = _twins(flat)
     varying = [
         k for k, a in enumerate(flat)
-        if isinstance(a, torch.Tensor) or (type(a) is int and leaves[k] in dynamic_ok)
+        if k not in twins
+        and (isinstance(a, torch.Tensor) or (type(a) is int and leaves[k] in dynamic_ok))
     ]  # fmt: skip
     passed = [flat[k] for k in varying]
     rest = tuple(
-        (type(a), repr(a)) if k not in set(varying) else _structure(a) for k, a in enumerate(flat)
-    )
+        ("twin", twins[k]) if k in twins
+        else _structure(a) if k in set(varying)
+        else (type(a), repr(a))
+        for k, a in enumerate(flat)
+    )  # fmt: skip
     operation = _operations.setdefault((op, spec, rest), _Operation())
     exact = tuple(_exact(a) for a in passed)
     version = operation.exact.get(exact)
     if version is None:
         version = next((v for v in operation.versions if v.guard(passed)), None)
         if version is None:
-            version = _compile_version(operation, op, flat, spec, varying)
+            version = _compile_version(operation, op, flat, spec, varying, twins)
         if len(operation.exact) > 256:
             operation.exact.clear()
         operation.exact[exact] = version
@@ -156,6 +161,36 @@ def _place(a: Any) -> Any:
     return a if tuple(strides) == a.stride() else a.as_strided(a.shape, strides)
 
 
+def _separate(flat: list[Any], written: dict[str, Any]) -> list[Any]:
+    """Arguments that share memory with one that is written are copied, unless they are that very
+    tensor: AOTAutograd cannot describe them with symbolic sizes."""
+    targets = [t for t in pytree.tree_leaves(written) if isinstance(t, torch.Tensor) and t.numel()]
+    if not targets:
+        return flat
+    same = {_extent(t) for t in targets}
+    storages = {t.untyped_storage().data_ptr() for t in targets}
+
+    def apart(a: Any) -> Any:
+        shares = isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() in storages
+        return a.clone() if shares and _extent(a) not in same else a
+
+    return [apart(a) for a in flat]
+
+
+def _extent(t: torch.Tensor) -> tuple:
+    return t.data_ptr(), tuple(t.shape), t.dtype, _place(t).stride()
+
+
+def _twins(flat: list[Any]) -> dict[int, int]:
+    """Arguments that are the same tensor as an earlier one: position -> position of the first."""
+    first: dict[tuple, int] = {}
+    twins = {}
+    for k, a in enumerate(flat):
+        if isinstance(a, torch.Tensor) and a.numel() and k != first.setdefault(_extent(a), k):
+            twins[k] = first[_extent(a)]
+    return twins
+
+
 def _structure(a: Any) -> Any:
     return ("tensor", a.dtype, a.dim()) if isinstance(a, torch.Tensor) else "int"
 
@@ -185,7 +220,12 @@ def _sizes(values: list[Any]) -> tuple:
 
 
 def _compile_version(
-    operation: _Operation, op: Any, flat: list[Any], spec: Any, varying: list[int]
+    operation: _Operation,
+    op: Any,
+    flat: list[Any],
+    spec: Any,
+    varying: list[int],
+    twins: dict[int, int],
 ) -> _Compiled:
     passed = [flat[k] for k in varying]
     sizes = _sizes(passed)
@@ -195,14 +235,19 @@ def _compile_version(
         operation.dynamic |= {
             (number, d) for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
         }
-    arguments = (op, flat, spec, varying, frozenset(operation.dynamic))
+    arguments = (op, flat, spec, varying, twins, frozenset(operation.dynamic))
     version = _worker.submit(_compile, *arguments).result()
     operation.versions.append(version)
     return version
 
 
 def _compile(
-    op: Any, flat: list[Any], spec: Any, varying: list[int], dynamic: frozenset
+    op: Any,
+    flat: list[Any],
+    spec: Any,
+    varying: list[int],
+    twins: dict[int, int],
+    dynamic: frozenset,
 ) -> _Compiled:
     from pagoda.pytorch.inductor import compile_graph
 
@@ -215,6 +260,8 @@ def _compile(
         values[k] = graph.placeholder(f"a{number}")
         values[k].meta["val"] = fake
         fakes.append(fake)
+    for k, first in twins.items():
+        values[k] = values[first]
     args, kwargs = pytree.tree_unflatten(values, spec)
     result = graph.call_function(op, tuple(args), kwargs)
     graph.output((result,) if len(op._schema.returns) == 1 else _parts(graph, op, result))

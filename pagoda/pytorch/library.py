@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.errors import Unsupported, source
 
 aten = torch.ops.aten
 
@@ -92,8 +92,8 @@ def _four(t: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
 
 
 _library = torch.library.Library("aten", "IMPL")
-_library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
-_library.impl("scaled_dot_product_attention", _attention, "PrivateUse1")
+for _key in ("AutogradPrivateUse1", "PrivateUse1"):
+    _library.impl("scaled_dot_product_attention", torch._disable_dynamo(_attention), _key)
 
 
 def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
@@ -119,7 +119,7 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
     raise Unsupported(
         f"operation {name} is not supported on device pagoda: it is neither a loop nest nor one "
         "of the library kernels (mm, bmm, addmm, scaled_dot_product_attention). Rewrite the model "
-        "without it, or compute it on the CPU with .cpu()."
+        "without it, or compute it on the CPU with .cpu()." + source(node.get_origins())
     )
 
 

@@ -140,7 +140,8 @@ class NestHandler(DefaultHandler):
     ) -> sympy.Symbol:
         number = self.builder.cast(self._number(index, "int64"), "int64")
         ref = self.builder.indirect(number, self.expression(size))
-        symbol = sympy.Symbol(f"indirect{ref.value}", integer=True, nonnegative=True)
+        # Not "indirect0": Inductor's bodies use such names themselves and would mix them up.
+        symbol = sympy.Symbol(f"loaded_index{ref.value}", integer=True, nonnegative=True)
         self.atoms[symbol] = ref
         return symbol
 

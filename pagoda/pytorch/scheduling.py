@@ -26,7 +26,7 @@ from torch.utils._sympy.functions import FloorDiv
 from pagoda.compiler.index_expr import Var
 from pagoda.compiler.loop_nest import Builder, LoopNest
 from pagoda.compiler.loop_nest_split import split
-from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.errors import Unsupported, source
 from pagoda.pytorch.loops import NestHandler
 from pagoda.pytorch.symbolic import to_expr
 
@@ -200,6 +200,7 @@ class PagodaScheduling(BaseScheduling):
             raise Unsupported(
                 f"cannot compile {', '.join(origins)} for device pagoda: {error} "
                 "Rewrite this part of the model, or keep it on the CPU with .cpu()."
+                + source(origin for n in nodes if n.node for origin in n.node.get_origins())
             ) from error
         for piece, params, used in split(nest):
             V.graph.wrapper_code.writeline(

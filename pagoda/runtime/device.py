@@ -18,12 +18,17 @@ _SLOT_FAULTS = (FaultKind.OUT_OF_SLOT, FaultKind.GATHER_INDEX, FaultKind.NO_PERM
 TensorNamer = Callable[[int, int], str | None]
 
 
+# One entry of a launch's call list: the kernel's name, and what it came from.
+KernelCall = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class LaunchRecord:
-    """One finished launch, as profiles see it."""
+    """One finished launch, as profiles see it; calls: of its call list, in order, if known."""
 
     program: Program
     result: Result
+    calls: Sequence[KernelCall] = ()
 
 
 class Device:
@@ -46,15 +51,18 @@ class Device:
         """Host pointer of a DRAM address."""
         return self.machine.dram.ctypes.data + address
 
+    def holds(self, pointer: int) -> bool:
+        """Whether a host pointer lies in this device's DRAM."""
+        return 0 <= pointer - self.machine.dram.ctypes.data < self.chip.dram_bytes
+
     def address(self, pointer: int) -> int:
         """DRAM address of a host pointer. Raises ValueError if it lies outside the DRAM."""
-        address = pointer - self.machine.dram.ctypes.data
-        if not 0 <= address < self.chip.dram_bytes:
+        if not self.holds(pointer):
             raise ValueError(
                 f"host pointer {pointer:#x}: not in the memory of device {self.chip.name!r}; "
                 "move the tensor to the device first"
             )
-        return address
+        return pointer - self.machine.dram.ctypes.data
 
     def array(self, address: int, shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
         """DRAM from `address` on as a numpy array that shares its bytes."""
@@ -74,15 +82,16 @@ class Device:
         args: Sequence[int] = (),
         slots: Sequence[Slot] = (),
         tensor_at: TensorNamer | None = None,
+        calls: Sequence[KernelCall] = (),
     ) -> Result:
-        """Run a program to its end. Raises DeviceFault if it faults."""
+        """Run a program to its end. calls: for profiles. Raises DeviceFault if it faults."""
         self.machine.start(Launch(program, tuple(args), tuple(slots), self.watchdog))
         result = self.machine.wait()
         self.cycles += result.cycles
         self.launches += 1
         self.counters += result.counters
         for listener in self._listeners:
-            listener(LaunchRecord(program, result))
+            listener(LaunchRecord(program, result, calls))
         if result.fault is not None:
             raise DeviceFault(_explain(program, result.fault, tensor_at), result.fault)
         return result
@@ -95,6 +104,15 @@ class Device:
             yield
         finally:
             self._listeners.remove(listener)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Have the machine keep traces (`Result.trace`) inside the `with` block."""
+        before, self.machine.tracing = self.machine.tracing, True
+        try:
+            yield
+        finally:
+            self.machine.tracing = before
 
 
 def _explain(program: Program, fault: Fault, tensor_at: TensorNamer | None) -> str:

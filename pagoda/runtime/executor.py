@@ -32,6 +32,7 @@ class _CallList:
 
     def __init__(self, device: Device, launch: PlannedLaunch) -> None:
         self.program = launch.program
+        self.calls = tuple((call.kernel, call.origin) for call in launch.calls)
         blank = [(call.entry, [0] * len(call.words)) for call in launch.calls]
         self._words = pack_records(blank)
         self.arguments = launch_arguments(_CALL_LIST_SLOT, 0, blank)
@@ -116,6 +117,7 @@ class LoadedExecutable:
                 each.arguments,
                 (each.slot, *slots),
                 lambda slot, offset: self._name(slot, offset, slots, addresses, sizes),
+                each.calls,
             )
             cycles += result.cycles
         return cycles
@@ -123,14 +125,15 @@ class LoadedExecutable:
     def _place(
         self, inputs: Sequence[TensorArg | int], outputs: Sequence[TensorArg], sizes: list[int]
     ) -> np.ndarray:
-        """DRAM address per buffer."""
+        """DRAM address per buffer; 0 for empty ones, which nothing accesses."""
         region = self.executable.region
         addresses = np.zeros(len(self._buffers), np.int64)
         for given, wanted in zip(inputs, region.inputs, strict=True):
-            if isinstance(given, TensorArg):
+            if isinstance(given, TensorArg) and sizes[wanted.view.buffer]:
                 addresses[wanted.view.buffer] = self.device.address(given.pointer)
         for given, number in zip(outputs, region.output_buffers(), strict=True):
-            addresses[number] = self.device.address(given.pointer)
+            if sizes[number]:
+                addresses[number] = self.device.address(given.pointer)
         for number, address in self._constants.items():
             addresses[number] = address
         rounded = tuple(_round_up(sizes[buffer]) for buffer, _, _ in self._lifetimes)
@@ -154,7 +157,7 @@ class LoadedExecutable:
         slot_of = np.zeros(len(addresses), np.uint32)
         base_of = np.zeros(len(addresses), np.int64)
         for writable in (False, True):
-            members = [n for n in self._used if self._writable(n) == writable]
+            members = [n for n in self._used if sizes[n] and self._writable(n) == writable]
             members.sort(key=lambda number: addresses[number])
             groups: list[list[int]] = []
             for number in members:

@@ -11,6 +11,7 @@ import numpy as np
 from pagoda.isa.fault import FaultKind
 from pagoda.sim import details
 from pagoda.sim.convert import BF16, F32, I4, I8, I32, U8, element_bytes, is_float, row_bytes
+from pagoda.sim.dma import ATOM_SHIFT, atoms_of, ceil_div, load_time, merged, store_time
 from pagoda.sim.functions import COST, FMA, FMUL, LATENCY, OPERANDS, SELECT
 from pagoda.sim.jit import jit, load_i32
 from pagoda.sim.layout import (
@@ -19,10 +20,9 @@ from pagoda.sim.layout import (
     ACC_SPACE,
     COLS,
     DRAM_BIT,
-    DRAM_LATENCY,
     DRAM_SPACE,
-    E_ATOMS,
     E_DRAM_BYTES,
+    E_LEAD,
     E_MACS,
     E_OCCUPANCY,
     E_READ_BANKS,
@@ -63,7 +63,6 @@ LOCAL_OUT_OF_RANGE = int(FaultKind.LOCAL_OUT_OF_RANGE)
 GATHER_INDEX = int(FaultKind.GATHER_INDEX)
 COUNT_LIMIT = 1 << 20
 START_LIMIT = 1 << 30
-ATOM_SHIFT = 6
 
 
 @jit
@@ -72,11 +71,6 @@ def fail(st, kind, detail, value, value_2):
     st[FAULT_VALUE] = value
     st[FAULT_VALUE_2] = value_2
     return kind
-
-
-@jit
-def _ceil_div(a, b):
-    return (a + b - 1) // b
 
 
 @jit
@@ -134,26 +128,6 @@ def _overlap(a, a_extent, b, b_extent):
     """Whether two local hulls share a byte."""
     a, b = _space(a), _space(b)
     return (a < b + b_extent) & (b < a + a_extent)
-
-
-@jit
-def _atoms(first, row, rows, row_stride, planes, plane_stride):
-    """Aligned 64-byte atoms that the rows touch, after merging rows, then planes."""
-    if rows == 1 or row_stride == row:
-        row *= rows
-        rows = 1
-        if planes == 1 or plane_stride == row:
-            row *= planes
-            planes = 1
-    if (row_stride & 63) == 0 and ((plane_stride & 63) == 0 or planes == 1):
-        each = ((first + row - 1) >> ATOM_SHIFT) - (first >> ATOM_SHIFT) + 1
-        return each * rows * planes
-    total = np.int64(0)
-    for p in range(planes):
-        for r in range(rows):
-            here = first + p * plane_stride + r * row_stride
-            total += ((here + row - 1) >> ATOM_SHIFT) - (here >> ATOM_SHIFT) + 1
-    return total
 
 
 @jit
@@ -275,7 +249,7 @@ def _prepare_3d(st, e, bank):
         _write_local(st, e, st[f + 3], extent)
     else:
         _read_local(st, e, st[f + 3], extent)
-    atoms = np.int64(0)
+    atoms, mem_rows = np.int64(0), np.int64(0)
     if transfers:
         physical = DRAM_SPACE + st[slot] + first
         if load or accumulate:
@@ -283,24 +257,22 @@ def _prepare_3d(st, e, bank):
         if not load:
             _write(st, e, physical, last - first + 1, DRAM_BIT)
         start = st[slot] + st[f + 2]
-        atoms = _atoms(start, bytes_mem, read_rows, mem_row, planes, mem_plane)
-    local_rows = rows * planes
-    if rows == 1 or row == bytes_local:
-        bytes_local *= rows
-        local_rows = planes
-        if planes == 1 or plane == bytes_local:
-            bytes_local *= planes
-            local_rows = 1
-    _dma_time(st, e, atoms, local_rows * _ceil_div(bytes_local, st[PORT_BYTES]), accumulate)
+        long, each, of = merged(bytes_mem, read_rows, mem_row, planes, mem_plane)
+        mem_rows = each * of
+        atoms = atoms_of(start, long, each, mem_row, of, mem_plane)
+    if not load:
+        bytes_local, rows, planes = merged(bytes_local, rows, row, planes, plane)
+        cycles = rows * planes * ceil_div(bytes_local, st[PORT_BYTES])
+        store_time(st, e, mem_rows, atoms, cycles, mem, local, accumulate)
+    elif pad_rows + pad_cols > 0:
+        one_row = planes * ceil_div(bytes_local, st[PORT_BYTES])
+        right = ceil_div(row_bytes(local, st[f + 12] >> 16), st[PORT_BYTES])
+        load_time(st, e, mem_rows, atoms, read_rows * one_row, pad_rows * one_row, right)
+    else:
+        bytes_local, rows, planes = merged(bytes_local, rows, row, planes, plane)
+        cycles = rows * planes * ceil_div(bytes_local, st[PORT_BYTES])
+        load_time(st, e, mem_rows, atoms, cycles, np.int64(0), np.int64(0))
     return READY
-
-
-@jit
-def _dma_time(st, e, atoms, local_cycles, accumulate):
-    st[e + E_ATOMS] = atoms << accumulate
-    st[e + E_DRAM_BYTES] = st[e + E_ATOMS] << ATOM_SHIFT
-    st[e + E_OCCUPANCY] = max(local_cycles, 1)
-    st[e + E_TAIL] = 2 * st[DRAM_LATENCY] + 12 if accumulate else st[DRAM_LATENCY] + 8
 
 
 @jit
@@ -377,8 +349,11 @@ def finish_indexed(st, e, bank):
         _read(st, e, physical, last - first + 1, DRAM_BIT)
     if bank == 4:
         _write(st, e, physical, last - first + 1, DRAM_BIT)
-    local_cycles = rows * _ceil_div(row_bytes(local, cols), st[PORT_BYTES])
-    _dma_time(st, e, atoms, local_cycles, accumulate)
+    cycles = rows * ceil_div(row_bytes(local, cols), st[PORT_BYTES])
+    if bank == 3:
+        load_time(st, e, rows, atoms, cycles, np.int64(0), np.int64(0))
+    else:
+        store_time(st, e, rows, atoms, cycles, mem, local, accumulate)
     return READY
 
 
@@ -440,11 +415,11 @@ def _prepare_matmul(st, e):
         return fail(st, LOCAL_OUT_OF_RANGE, details.LOCAL_BOUNDS, acc, acc_extent)
     _read_local(st, e, acc | 0x80000000, acc_extent)
     _write_local(st, e, acc | 0x80000000, acc_extent)
-    passes = max(outer * _ceil_div(inner, st[ROWS]), 1)
-    rows = _ceil_div(m, st[ROWS]) * st[ROWS] if transpose_a else m
+    passes = max(outer * ceil_div(inner, st[ROWS]), 1)
+    rows = ceil_div(m, st[ROWS]) * st[ROWS] if transpose_a else m
     weights = max(st[ROWS], st[COLS]) if transpose_b else st[ROWS]
     unit = rows + weights if shared else max(rows, weights)
-    strips = _ceil_div(n, st[COLS])
+    strips = ceil_div(n, st[COLS])
     fill = weights + st[ROWS] * (transpose_a + transpose_b)
     st[e + E_OCCUPANCY] = fill + passes * max(strips * unit, st[PSUM_LATENCY])
     st[e + E_TAIL] = st[PSUM_LATENCY] + 4
@@ -537,7 +512,7 @@ def _prepare_vector(st, e):
     elif (a_banks & b_banks) | (a_banks & c_banks) | (b_banks & c_banks):
         sharing = np.int64(2)
     group = max(max(COST[f1], COST[f2]), sharing)
-    st[e + E_OCCUPANCY] = rows * _ceil_div(cols, st[LANES]) * group
+    st[e + E_OCCUPANCY] = rows * ceil_div(cols, st[LANES]) * group
     st[e + E_TAIL] = 4 + LATENCY[f1] + LATENCY[f2]
     return READY
 
@@ -590,12 +565,12 @@ def _prepare_reduce(st, e):
         _read_local(st, e, state, state_extent)
     _write_local(st, e, state, state_extent)
     if column:
-        groups = _ceil_div(cols, st[LANES])
+        groups = ceil_div(cols, st[LANES])
         st[e + E_OCCUPANCY] = rows * max(groups, 4) + 2 * groups
     else:
-        steps = _ceil_div(STATE_LANES, min(st[LANES], STATE_LANES))
+        steps = ceil_div(STATE_LANES, min(st[LANES], STATE_LANES))
         ends = (4 if op == ARGMAX else 2) * steps
-        chunks = _ceil_div(cols, STATE_LANES)
+        chunks = ceil_div(cols, STATE_LANES)
         st[e + E_OCCUPANCY] = rows * (chunks * max(steps, 4) + ends)
     st[e + E_TAIL] = 8
     return READY
@@ -641,7 +616,7 @@ def _prepare_finish(st, e):
         return fail(st, BAD_FIELD, details.OVERLAP, state, 0)
     _read_local(st, e, state, extent)
     _write_local(st, e, target, target_extent)
-    st[e + E_OCCUPANCY] = rows * 2 * _ceil_div(STATE_LANES, min(st[LANES], STATE_LANES))
+    st[e + E_OCCUPANCY] = rows * 2 * ceil_div(STATE_LANES, min(st[LANES], STATE_LANES))
     st[e + E_TAIL] = 32
     return READY
 
@@ -679,7 +654,7 @@ def _prepare_transpose(st, e):
     _read_local(st, e, source, extent)
     _write_local(st, e, target, target_extent)
     side = st[LANES]
-    blocks = _ceil_div(rows, side) * _ceil_div(cols, side)
+    blocks = ceil_div(rows, side) * ceil_div(cols, side)
     st[e + E_OCCUPANCY] = blocks * side + side
     st[e + E_TAIL] = 4
     return READY
@@ -704,7 +679,7 @@ def _prepare_iota(st, e):
     if _outside(st, target, extent):
         return fail(st, LOCAL_OUT_OF_RANGE, details.LOCAL_BOUNDS, target, extent)
     _write_local(st, e, target, extent)
-    st[e + E_OCCUPANCY] = rows * _ceil_div(cols, st[LANES])
+    st[e + E_OCCUPANCY] = rows * ceil_div(cols, st[LANES])
     st[e + E_TAIL] = 4
     return READY
 
@@ -717,7 +692,7 @@ def prepare(st, e, bank):
     st[e + E_READS] = 0
     st[e + E_WRITE_FIRST] = 0
     st[e + E_WRITE_LAST] = -1
-    st[e + E_ATOMS] = -1
+    st[e + E_LEAD] = -1
     st[e + E_OCCUPANCY] = 1
     st[e + E_TAIL] = 0
     st[e + E_MACS] = 0

@@ -120,9 +120,9 @@ STATE_WORDS = ORDER + MAX_WINDOW + 1
     E_HAZARD_FREE,  # finish of the last conflicting older command that has started
     E_READ_BANKS,  # bit i: bank i of SRAM; bit 16 + i: bank i of ACC; DRAM_BIT
     E_WRITE_BANKS,
-    E_OCCUPANCY,  # without the DRAM port's share
+    E_OCCUPANCY,  # of a command with a lead: from its first atom slot
     E_TAIL,
-    E_ATOMS,  # -1: not on the DRAM port
+    E_LEAD,  # cycles from the start to the earliest atom slot; -1: moves no atoms
     E_READS,  # how many read ranges
     E_WRITE_FIRST,
     E_WRITE_LAST,  # below first: writes nothing

@@ -47,8 +47,8 @@ class Simulator:
         _require_subnormals()
         self.chip = chip
         self.dram = _lazy_memory(chip.dram_bytes)
-        self._trace, self._checking = trace, checking
-        self._cores = [_Core(chip, n, self.dram, trace, checking) for n in range(chip.cores)]
+        self.tracing, self._checking = trace, checking
+        self._cores = [_Core(chip, n, self.dram, checking) for n in range(chip.cores)]
         self._threads = min(threads, chip.cores)
         self._resident = ""
         self._code = np.zeros(0, np.int64)
@@ -103,14 +103,14 @@ class Simulator:
             self.chip, len(program.code), resident, len(launch.args)
         )
         for core in self._cores:
-            core.begin(launch, self._code, first)
+            core.begin(launch, self._code, first, self.tracing)
         fault = self._run_epochs()
         for core in self._cores:
             settle(core.state)
         stopped = fault is not None and fault.kind is not FaultKind.INT64_OVERFLOW
         cycles = fault.cycle if stopped else max(core.cycle for core in self._cores)
         counters = sum((core.counters() for core in self._cores), Counters())
-        trace = np.concatenate([c.trace_rows() for c in self._cores]) if self._trace else None
+        trace = np.concatenate([c.trace_rows() for c in self._cores]) if self.tracing else None
         return Result(cycles, fault, counters, trace)
 
     def _run_epochs(self) -> Fault | None:
@@ -171,9 +171,9 @@ class Simulator:
 class _Core:
     """One core: its memories, which outlive launches, and the state that compiled code works on."""
 
-    def __init__(self, chip: Chip, number: int, dram: NDArray, trace: bool, checking: bool):
+    def __init__(self, chip: Chip, number: int, dram: NDArray, checking: bool):
         self.chip, self.number = chip, number
-        self._tracing, self._checking = trace, checking
+        self._tracing, self._checking = False, checking
         self.state = np.zeros(at.STATE_WORDS, np.int64)
         self.sram = _lazy_memory(chip.sram_bytes)
         self.acc = _lazy_memory(chip.acc_bytes)
@@ -185,7 +185,7 @@ class _Core:
             np.zeros(chip.sram_bytes if checking else 1, np.uint8),
             np.zeros(chip.acc_bytes if checking else 1, np.uint8),
         )
-        self._trace = np.zeros((_FIRST_TRACE_ROWS if trace else 1, at.TRACE_WORDS), np.int64)
+        self._trace = np.zeros((1, at.TRACE_WORDS), np.int64)
         self._log = np.zeros((_FIRST_LOG_ROWS if checking else 1, LOG_WORDS), np.int64)
         self.reason = at.SLICE
         self._set_chip(dram)
@@ -222,13 +222,17 @@ class _Core:
             (at.SRAM_WRITTEN_AT, self._written[0].ctypes.data),
             (at.ACC_WRITTEN_AT, self._written[1].ctypes.data),
             (at.CHECKING, self._checking),
-            (at.TRACING, self._tracing),
         ):
             st[index] = value
 
-    def begin(self, launch: Launch, code: NDArray[np.int64], first_cycle: int) -> None:
+    def begin(
+        self, launch: Launch, code: NDArray[np.int64], first_cycle: int, tracing: bool
+    ) -> None:
         """Set the launch's initial state; command fields and memories keep their contents."""
         st = self.state
+        st[at.TRACING] = self._tracing = tracing
+        if tracing and len(self._trace) < _FIRST_TRACE_ROWS:
+            self._trace = np.zeros((_FIRST_TRACE_ROWS, at.TRACE_WORDS), np.int64)
         args = np.array([arg & 0xFFFFFFFF for arg in launch.args], "<u4").view(np.uint8)
         self.dmem[: len(args)] = args
         self._registers[:] = 0

@@ -17,7 +17,6 @@ from pagoda.sim.layout import (
     CAUSE_PORT,
     CAUSE_SLOT,
     DRAM_BIT,
-    E_ATOMS,
     E_CAUSE,
     E_ENGINE,
     E_ENTRY,
@@ -25,6 +24,7 @@ from pagoda.sim.layout import (
     E_FREE,
     E_HAZARD_FREE,
     E_INDEX,
+    E_LEAD,
     E_OCCUPANCY,
     E_READ_BANKS,
     E_READ_RANGES,
@@ -63,16 +63,14 @@ def entry_at(st, position):
 
 
 @jit
-def dram_cycles(st, start, atoms):
-    """Cycles from `start` until the turn after the last of `atoms` turns opens."""
-    if atoms == 0:
-        return 0
+def first_turn(st, cycle):
+    """The cycle in which the first turn of the DRAM port at `cycle` or later opens."""
     n, d = st[PERIOD_NUMERATOR], st[PERIOD_DENOMINATOR]
-    turn = atoms
-    if start > 0:  # the first turn at `start` or later; split so that no product overflows
-        before = start - 1
-        turn += before // n * d + before % n * d // n + 1
-    return turn // d * n + (turn % d * n + d - 1) // d - start
+    turn = 0
+    if cycle > 0:  # split so that no product overflows
+        before = cycle - 1
+        turn = before // n * d + before % n * d // n + 1
+    return turn // d * n + (turn % d * n + d - 1) // d
 
 
 @jit
@@ -136,8 +134,8 @@ def _start(st, position, cycle):
     else:
         cause = CAUSE_SLOT
     occupancy = st[e + E_OCCUPANCY]
-    if st[e + E_ATOMS] >= 0:
-        occupancy = max(occupancy, dram_cycles(st, cycle, st[e + E_ATOMS]))
+    if st[e + E_LEAD] >= 0:
+        occupancy += first_turn(st, cycle + st[e + E_LEAD]) - cycle
     free = cycle + occupancy
     finish = free + st[e + E_TAIL]
     st[e + E_START] = cycle
