@@ -19,7 +19,7 @@ def arguments(tmp_path_factory):
     config = tiny_config(max_position_embeddings=256)
     write_gguf(folder / "tiny.gguf", config, random_state(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PAGODA_CACHE_DIR", str(folder / "cache"))
+        patch.setattr("pagoda.cli.llm_session.default_directory", lambda: folder)
         yield ["--model", str(folder / "tiny.gguf"), "--chip", "tiny", "--max-tokens", "5"]
 
 

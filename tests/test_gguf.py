@@ -259,6 +259,13 @@ def test_an_endless_array_is_refused(path, good):
             ),
         ),
         (
+            {"llama__block_count": 1 << 30},
+            (
+                "its layers must have tensors of their own, but llama.block_count is 1073741824 "
+                f"and there are 20 tensors. {AGAIN}"
+            ),
+        ),
+        (
             {"tokenizer__ggml__eos_token_id": 9999},
             (
                 f"its metadata tokenizer.ggml.eos_token_id must be one of its {len(tiny_tokens())} "

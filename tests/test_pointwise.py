@@ -7,6 +7,9 @@ import pytest
 from tile_ir_oracle import evaluate_tree
 
 from pagoda.compiler.errors import CompileError
+from pagoda.compiler.index_expr import Const, Var
+from pagoda.compiler.loop_nest import Builder, Pointwise
+from pagoda.compiler.nest_simplify import simplify
 from pagoda.compiler.pointwise import bitcast, compose, convert
 from pagoda.compiler.tile_ir import Read, Tile, Tree, splat
 from pagoda.isa.numbers import DType
@@ -158,6 +161,27 @@ def test_atan2():
     zero = np.array([0.0, 0.0, -0.0, INF], np.float32)
     other = np.array([1.0, -1.0, -1.0, INF], np.float32)
     np.testing.assert_allclose(run("atan2", zero, other), np.arctan2(zero, other), rtol=2e-7)
+
+
+def test_quotient_that_is_a_sigmoid():
+    """x / (1 + exp(-y)) is recognised either way round, and is as exact as documented."""
+    builder = Builder([Const(8)])
+    x = builder.load("x", "float32", Var(0))
+    one = builder.constant(1.0, "float32")
+    power = builder.pointwise("exp", builder.pointwise("neg", x))
+    for name, terms in (("left", (one, power)), ("right", (power, one))):
+        total = builder.pointwise("add", *terms)
+        builder.store(name, "float32", Var(0), builder.pointwise("div", x, total))
+    small = simplify(builder.build()[0])
+    used = [op.name for op in small.body if isinstance(op, Pointwise)]
+    assert sorted(used) == ["mul", "mul", "sigmoid", "sigmoid"]
+
+    values = spread(-104, 104)
+    found = run("mul", values, run("sigmoid", values))
+    exact = values.astype(np.float64) / (1 + np.exp(-values.astype(np.float64)))
+    error = ulps(found, exact)
+    assert error[values > -87].max() <= 5
+    assert error[values > -88.7].max() <= 16
 
 
 @pytest.mark.parametrize("name", ["floordiv", "remainder", "fmod"])

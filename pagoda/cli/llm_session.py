@@ -55,7 +55,7 @@ def _first_time(stage: str) -> str:
 
 
 def _run_nothing(device: Device) -> None:
-    """A launch without kernel calls: the simulator's own code is compiled here, the first time ever,
+    """A launch without kernel calls: the first time ever the simulator's own code is compiled here,
     and not while the user waits for a first word."""
     words = pack_records([])
     address = device.place(words)

@@ -6,8 +6,9 @@ so results are the same bits on every chip and for every tile size.
 
 Integers of every width live in int32 lanes (int64 too), bool is 0 or 1; int8 and uint8 results
 wrap to their width. The elementary functions, with their error bounds, are in `elementary`.
-A quotient x / (1 + exp(-y)) is computed as x * sigmoid(y), within 5 ulp, or within 16 where
-|y| > 87 makes the sigmoid subnormal (`nest_simplify`); other quotients are correctly rounded.
+A quotient x / (1 + exp(-y)) is computed as x * sigmoid(y): within 5 ulp; within 16 where -y > 87
+makes the sigmoid subnormal; 0 where exp(-y) overflows (`nest_simplify`). Other quotients are
+correctly rounded.
 `remainder`, `fmod` and `floordiv` of floats are exact while the quotient is below 2^22 in
 magnitude.
 """

@@ -69,6 +69,7 @@ from pagoda.compiler.tile_ir import (
 )
 from pagoda.isa.numbers import DType
 from pagoda.kernels.attention_blocks import (
+    KEY_BUFFERS,
     SOFTMAX_BLOCK,
     SPAN_UNIT,
     AttentionBlocks,
@@ -132,9 +133,6 @@ class _Unit:
     rows: Scalar
     first_limit: Scalar
     seen: Scalar
-
-
-KEY_BUFFERS = 4  # tiles of K on their way or in use
 
 
 class _Attention:

@@ -13,6 +13,7 @@ SOFTMAX_BLOCK = 512
 """Keys between two rescalings of the online softmax: part of the meaning, equal on every chip."""
 
 SPAN_UNIT = 64  # a reduction may only be cut at multiples of its 64 lanes
+KEY_BUFFERS = 4  # tiles of K on their way or in use, if operands are not split
 LOAD_KEYS = (128, 64, 32)  # keys per load and matmul, best first
 SMALL_LOAD_KEYS = (16, 8)  # for large head dimensions in little SRAM
 ROWS_PER_ARRAY_ROW = 4  # with so many query rows, K and V loads hide behind the matrix engine
@@ -78,13 +79,13 @@ def memory_bytes(
     rows, span, keys = blocks.rows, blocks.span, blocks.keys
     per_row = 4 * SOFTMAX_BLOCK + 2 * 4 * SPAN_UNIT + 5 * 64  # scores, two states, columns
     if terms == 1:
-        per_row += 2 * 2 * width + 2 * 2 * span + 4 * width  # q, weights, result
-        loaded = 2 * 2 * 2 * keys * width
+        per_row += 2 * 2 * width + 2 * 2 * span + 6 * width  # q, weights, result
+        loaded = (KEY_BUFFERS + 2) * 2 * keys * width
     else:
         per_row += (4 + 4 + 2 * terms) * (width + span) + 4 * width
         loaded = (4 + 4 + 2 * terms) * keys * width  # K and V take turns
     if mask is not None:
         per_row += 2 * span * mask.bits // 8
     per_row += span  # which keys of the diagonal a row sees
-    acc_per_row = 4 * width + 2 * 4 * span
+    acc_per_row = 2 * 4 * width + 2 * 4 * span
     return rows * per_row + loaded, rows * acc_per_row

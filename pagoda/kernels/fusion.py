@@ -7,7 +7,6 @@ The choice depends on the region alone, and changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagoda.compiler.index_expr import Const, Expr, Symbol

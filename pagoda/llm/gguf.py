@@ -160,7 +160,7 @@ class ModelFile:
             "vocab_size": self._vocabulary_size(),
             "hidden_size": hidden,
             "intermediate_size": self._number("feed_forward_length", int),
-            "num_hidden_layers": self._number("block_count", int),
+            "num_hidden_layers": self._layers(),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
@@ -174,6 +174,15 @@ class ModelFile:
             "eos_token_id": self._token_id("eos"),
             "pad_token_id": self._token_id("padding"),
         }
+
+    def _layers(self) -> int:
+        """The number of layers; a damaged one must not be counted up to."""
+        layers, tensors = self._number("block_count", int), len(self.tensors)
+        if layers > tensors:
+            rule = "its layers must have tensors of their own"
+            value = f"llama.block_count is {layers} and there are {tensors} tensors"
+            raise ModelError(self.path, rule, value, DOWNLOAD_AGAIN)
+        return layers
 
     def _vocabulary_size(self) -> int:
         tokens = len(self._list("tokenizer.ggml.tokens", str))
