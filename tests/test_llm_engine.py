@@ -21,7 +21,7 @@ from pagoda.llm import (
     load_model,
 )
 from pagoda.llm.cache import KVCache
-from pagoda.llm.chip_session import ChipSession, from_bfloat16, to_bfloat16
+from pagoda.llm.chip_session import ChipSession, to_bfloat16
 from pagoda.llm.compiled import compile_model
 from pagoda.llm.program import key, load
 from pagoda.llm.reference import counted_macs
@@ -211,7 +211,8 @@ def test_the_chip_does_the_macs_that_torch_counts(session, file):
         session.step(ids)
     for step in session.steps:
         assert step.macs == counted_macs(config, step.count, step.position)
-        assert step.launches == 1
+        program = session.model.decode if step.count == 1 else session.model.prefill
+        assert step.launches == len(program.executable.launches)  # tiny's IMEM is too small for 1
     # Torch counts attention to keys that causality hides; the figures do not.
     hidden = len(PROMPT) * (len(PROMPT) - 1) // 2 * 2 * 64 * 2
     assert figures.macs(file.hyperparameters, 7, 0) == session.steps[0].macs - hidden
@@ -241,7 +242,8 @@ def test_bfloat16_rounds_to_nearest_even():
     values[:4] = 1 + np.array([1, 2, 3, 5], np.float32) / 256
     expected = torch.from_numpy(values).to(torch.bfloat16)
     assert np.array_equal(to_bfloat16(values), expected.view(torch.uint16).numpy())
-    assert np.array_equal(from_bfloat16(to_bfloat16(values)), expected.float().numpy())
+    found = (to_bfloat16(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    assert np.array_equal(found, expected.float().numpy())
 
 
 def test_a_chip_too_small_is_refused_before_any_work(file, tmp_path):

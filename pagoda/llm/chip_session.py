@@ -39,11 +39,6 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return rounded.astype(np.uint16)
 
 
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The bits of bfloat16, uint16, as binary32."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 class _LoadedStep:
     """A step program on the device. pointers: of weights and cache, by argument."""
 
@@ -72,7 +67,7 @@ class _LoadedStep:
             changing.get(argument.kind, fixed)
             for argument, fixed in zip(self._arguments, self._inputs, strict=True)
         ]
-        outputs = [TensorArg(logits, (vocabulary,), (1,), "bfloat16")]
+        outputs = [TensorArg(logits, (vocabulary,), (1,), "float32")]
         return self._loaded.run(inputs, outputs, self._region.read_symbols(inputs))
 
 
@@ -96,7 +91,7 @@ class ChipSession:
         self._decode = _LoadedStep(device, model.decode, pointers)
         self._vocabulary: int = model.config["vocab_size"]
         self._ids = device.memory.allocate(8 * self.context)
-        self._logits = device.memory.allocate(2 * self._vocabulary)
+        self._logits = device.memory.allocate(4 * self._vocabulary)
 
     def _place(self, weights: Iterable[tuple[str, np.ndarray]]) -> dict[Argument, int]:
         """Weights, buffers and an empty cache in DRAM; host pointers by argument."""
@@ -131,7 +126,7 @@ class ChipSession:
             device.pointer(self._logits),
             self._vocabulary,
         )
-        logits = from_bfloat16(device.array(self._logits, (self._vocabulary,), np.uint16))
+        logits = device.array(self._logits, (self._vocabulary,), np.float32).copy()
         self.tokens.extend(ids)
         self.steps.append(
             Step(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pagoda.compiler.region import Region, TensorArg
+from pagoda.compiler.region import LibraryCall, Region, TensorArg
 from pagoda.pytorch import device
 from pagoda.pytorch.storage import HostAllocator, host_alias
 
@@ -104,7 +105,8 @@ def trace(
                 compiled = torch.compile(step, backend="pagoda", dynamic=True, fullgraph=True)
                 compiled(ids, TRACED_POSITION + SHIFT)
                 region, inputs = recorder.calls[-1]
-                regions.append((region, tuple(_argument(each, known) for each in inputs)))
+                arguments = tuple(_argument(each, known) for each in inputs)
+                regions.append((_float32_logits(region), arguments))
         torch._dynamo.reset_code(step.__code__)  # it would hold the model
         used = {a.name for _, arguments in regions for a in arguments if a.kind == "weight"}
         buffers = {
@@ -113,6 +115,25 @@ def trace(
             if name in used
         }
     return Traced(*regions[0], *regions[1], buffers)
+
+
+def _float32_logits(region: Region) -> Region:
+    """The region with logits as the last product accumulates them, not rounded to bfloat16: there
+    the best tokens often tie (a step is 1/8 at 25)."""
+    (logits,) = region.outputs
+    number = logits.buffer
+    (writer,) = (step for step in region.steps if number in step.writes())
+    assert isinstance(writer.kernel, LibraryCall) and writer.kernel.name == "mm", writer
+    out, *operands = writer.args
+    wide = replace(writer, args=(replace(out, dtype="float32"), *operands))
+    buffers = list(region.buffers)
+    buffers[number] = replace(buffers[number], dtype="float32")
+    return replace(
+        region,
+        outputs=(replace(logits, dtype="float32"),),
+        buffers=tuple(buffers),
+        steps=tuple(wide if step is writer else step for step in region.steps),
+    )
 
 
 def _addresses(model: LlamaForCausalLM, cache: KVCache) -> dict[int, Argument]:
