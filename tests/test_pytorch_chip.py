@@ -142,7 +142,7 @@ def check_same_bits(llama: Llama, cache: Cache) -> None:
         opened = checking(chip)
         found = llama.on(opened, cache)
         assert found.tokens == llama.exact.tokens
-        # Rounding is a draw of luck for one model: 0.6 to 1.4 times torch's distance, 0.9 on average.
+        # Rounding is luck for one model: 0.6 to 1.4 times torch's distance, 0.9 on average.
         assert found.distance(llama.exact) <= 1.5 * llama.host.distance(llama.exact)
         first = first or found
         assert found.bits() == first.bits(), opened.chip.name

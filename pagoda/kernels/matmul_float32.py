@@ -31,6 +31,7 @@ rows of a stay in SRAM while b streams by.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ class _Product:
         x, b = Read(source.view()), self.b
         b.elementwise(places[0], apply("fmul", x, splat(FIRST_TERM_SCALE)), rows, cols)
         rest: Tree = x
-        for previous, place in zip(places, places[1:], strict=False):
+        for previous, place in itertools.pairwise(places):
             rest = apply("fsub", rest, Read(previous))
             b.elementwise(place, rest, rows, cols)
 
