@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 
 from pagoda.isa import timing
 from pagoda.isa.chip import PRESETS
+from pagoda.isa.commands import COLUMN
 from pagoda.isa.definition import Definition
 from pagoda.isa.fault import FaultKind
+from pagoda.isa.functions import FMA, SELECT, VECTOR_FUNCTIONS
+from pagoda.isa.numbers import DType
 from pagoda.isa.program import Launch, Slot
 from pagoda.sim import Simulator
 from pagoda.sim import dma as sim_dma
@@ -111,6 +114,33 @@ def test_many_command_programs(part):
 
 # The simulator's functions are compiled for compiled callers only.
 dma_cycles = numba.njit(sim_dma.dma_cycles.py_func)
+
+
+AWKWARD = (
+    0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x3F800000, 0xBF800000, 0x3F000000,
+    0x4B000001, 0xCB000001, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000,
+    0x7F800001, 0xFF812345, 0x4F000000, 0xCF000000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "code", sorted(VECTOR_FUNCTIONS.keys() - {FMA, SELECT}),
+    ids=lambda code: VECTOR_FUNCTIONS[code].name
+)
+def test_vector_functions_on_awkward_numbers(code):
+    """Infinities, NaN of both signs, subnormals, large integers: each with every other."""
+    n, assembler = len(AWKWARD), Assembler()
+    line = dict(rows=n, cols=n, a_stride=4, b_stride=0, c_stride=0, dst_stride=4 * n)
+    assembler.command(
+        "load", mem=DType.F32, local=DType.F32, slot=0, offset=0, address=0, cols=n, rows=1,
+        planes=1, mem_row_stride=0, row_stride=0,
+    )  # fmt: skip
+    assembler.command("vector", f1=code, f2=0, a_kind=COLUMN, a=0, b=0, c=0, dst=2048, **line)
+    assembler.command("vector", f1=0, f2=code, a_kind=COLUMN, a=0, b=0, c=0, dst=4096, **line)
+    assembler.control("exit")
+    image = np.array(AWKWARD, np.uint32).tobytes()
+    launch = Launch(assembler.program(), slots=(Slot(0, 4 * n),))
+    assert compare(TINY, [CommandProgram(launch, image, ())]) is None
 
 
 @settings(deadline=None)

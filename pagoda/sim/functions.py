@@ -18,6 +18,7 @@ from pagoda.isa.tables import (
 from pagoda.sim.jit import (
     ceil_f32,
     copy_bytes,
+    float_bits,
     floor_f32,
     fma_f32,
     jit,
@@ -33,6 +34,8 @@ from pagoda.sim.jit import (
     trunc_f32,
 )
 from pagoda.sim.numbers import (
+    INFINITY,
+    NAN,
     canonical,
     evaluate,
     exp2_index,
@@ -127,6 +130,13 @@ def _apply_table(code, r, x, n, work):
 
 
 @jit
+def _canonical_bits(bits):
+    """`canonical` on a pattern. LLVM's code generator takes `NaN if isnan(sqrt(x)) else sqrt(x)`
+    for sqrt(x), and x86 gives NaN with the sign set for a negative x."""
+    return np.int32(NAN) if bits & 0x7FFFFFFF > INFINITY else bits
+
+
+@jit
 def apply_unary(code, r, x, n, work):
     """work: address of scratch for n int64."""
     if code == MOV:
@@ -139,7 +149,7 @@ def apply_unary(code, r, x, n, work):
             store_i32(r, i, np.int32(load_i32(x, i) & 0x7FFFFFFF))
     elif code == FSQRT:
         for i in range(n):
-            store_f32(r, i, canonical(sqrt_f32(load_f32(x, i))))
+            store_i32(r, i, _canonical_bits(float_bits(sqrt_f32(load_f32(x, i)))))
     elif code == FFLOOR:
         for i in range(n):
             store_f32(r, i, canonical(floor_f32(load_f32(x, i))))
