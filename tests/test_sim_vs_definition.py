@@ -27,6 +27,7 @@ from pagoda.isa.numbers import DType
 from pagoda.isa.program import Launch, Slot
 from pagoda.sim import Simulator
 from pagoda.sim import dma as sim_dma
+from pagoda.sim import machine as sim_machine
 
 DRAM_BYTES = 1 << 20
 TINY = replace(PRESETS["tiny"], dram_bytes=DRAM_BYTES)
@@ -39,10 +40,10 @@ TWO = replace(TINY, name="two", cores=2)
 CHIPS = {chip.name: chip for chip in (TINY, ODD, TWO)}
 
 
-def compare(chip, launches, *, checking=False):
+def compare(chip, launches, *, checking=False, threads=1):
     """Run launches on both machines and compare everything; the kind of the last fault."""
     definition = Definition(chip, trace=True, checking=checking)
-    simulator = Simulator(chip, trace=True, checking=checking)
+    simulator = Simulator(chip, trace=True, checking=checking, threads=threads)
     for number, launch in enumerate(launches):
         for machine in (definition, simulator):
             machine.write(0, launch.dram)
@@ -68,7 +69,7 @@ def compare(chip, launches, *, checking=False):
 
 def fuzz(variant, first_seed, examples):
     """Random programs: of one launch or two, on one of CHIPS, in checking mode or not."""
-    name, launches, checking = variant
+    name, launches, checking, *threads = variant
     chip, bursts = CHIPS[name], 4 if launches == 1 else 2
 
     @seed(first_seed)
@@ -79,7 +80,7 @@ def fuzz(variant, first_seed, examples):
     @given(data=st.data())
     def run(data):
         drawn = [data.draw(programs(chip, bursts)) for _ in range(launches)]
-        compare(chip, drawn, checking=checking)
+        compare(chip, drawn, checking=checking, threads=threads[0] if threads else 1)
 
     run()
 
@@ -91,8 +92,15 @@ VARIANTS = {
     "tiny checking": ("tiny", 1, True),
     "two checking": ("two", 1, True),
     "memories kept between launches": ("tiny", 2, False),
+    "helped": ("tiny", 2, False, 2),
 }
 EXAMPLES = {"tiny": 600, "odd": 400, "two": 400, "tiny checking": 300, "two checking": 300}
+
+
+@pytest.fixture(autouse=True)
+def help_from_the_start(monkeypatch):
+    """A helper thread otherwise wakes only for launches much longer than these."""
+    monkeypatch.setattr(sim_machine, "WORK_ALONE", -1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -24,7 +24,7 @@ from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 ISSUE_CYCLES = 45  # of the control core for one command in an inner loop: about 9 stores
 TILE_CYCLES = 350  # for the divisions and fields of a new output tile
 REPLAYED_STEPS = 256
-COMPARED_PLANS = 300
+COMPARED_PLANS = 500
 RESIDENT_BUFFERS = (7, 5, 4, 3, 2)
 STREAM_BUFFERS = (4, 3, 2)
 # A product seldom comes alone: its activations come from a chain of small kernels, which takes some
@@ -32,6 +32,12 @@ STREAM_BUFFERS = (4, 3, 2)
 CHAIN_LATENCIES = 12
 DEPENDENT_CYCLES = 10  # between vector commands that need one another's results
 WINDOW_FOR_NEXT_TILE = 4  # entries: its loads and matmuls
+# The DRAM of the contract asks for no more than an atom in a row, but pages of a real one, and of a
+# host's, for more. So tiles that do not hold whole rows of b must save PARTIAL_ROWS of the cycles
+# to be taken, and those with rows shorter than RUN_BYTES up to SHORT_ROWS more.
+RUN_BYTES = 6 * DRAM_ATOM_BYTES
+PARTIAL_ROWS = 0.002
+SHORT_ROWS = 0.015
 SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at least
 
 
@@ -161,19 +167,21 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
     if shape.epilogue is not None:
         commands += -(-shape.epilogue.commands // steps_per_tile)
     timeline = _Timeline(chip, plan, commands)
-    replayed = list(islice(_steps(chip, shape, plan), REPLAYED_STEPS))
     ahead = plan.buffers - 1 if plan.resident else 0
+    # Loads run ahead of the last replayed step too, or the rate there would be too good.
+    steps = list(islice(_steps(chip, shape, plan), REPLAYED_STEPS + ahead))
+    replayed = steps[:REPLAYED_STEPS]
     loaded: deque[float] = deque()  # arrivals of b's tiles
     middle = 0.0
     accumulated = resident = 0.0
     for number, step in enumerate(replayed):
         if plan.resident and step.new_rows:
-            while len(loaded) < ahead and number + len(loaded) < len(replayed):
-                loaded.append(_load_b(timeline, shape, replayed[number + len(loaded)]))
+            while len(loaded) < ahead and number + len(loaded) < len(steps):
+                loaded.append(_load_b(timeline, shape, steps[number + len(loaded)]))
             whole = port_cycles(chip, *_tile_a(shape, step.m, shape.k))
             resident = timeline.load(whole, max(timeline.matrix, chain))
-        if number + len(loaded) < len(replayed):
-            loaded.append(_load_b(timeline, shape, replayed[number + len(loaded)]))
+        if number + len(loaded) < len(steps):
+            loaded.append(_load_b(timeline, shape, steps[number + len(loaded)]))
         there = loaded.popleft()
         if plan.resident:
             there = max(there, resident)
@@ -202,9 +210,14 @@ def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
         timeline.window.append(leaves_window)
         if number + 1 == len(replayed) // 2:
             middle = max(timeline.matrix, timeline.port)
-    rate = (max(timeline.matrix, timeline.port) - middle) / max(len(replayed) / 2, 1)
     left = tiles * steps_per_tile - len(replayed)
-    return int(timeline.finish() + max(left, 0) * rate)
+    if left <= 0:
+        return int(timeline.finish())
+    now = max(timeline.matrix, timeline.port)
+    rate = (now - middle) / (len(replayed) / 2)
+    if timeline.port > timeline.matrix:
+        left -= len(loaded)  # which the port has behind it
+    return int(now + left * rate + timeline.load_tail + timeline.store_tail)
 
 
 def _load_b(timeline: _Timeline, shape: MatmulShape, step: _Step) -> float:
@@ -361,19 +374,32 @@ def _bound(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> float:
     return max((tiles * steps - edge) * max(matmul.occupancy, dram, control), 0.0)
 
 
+def _weight(shape: MatmulShape, plan: MatmulPlan) -> float:
+    """By what a plan's cycles are multiplied when it is compared with others."""
+    block, extent = (plan.bk, shape.k) if shape.transposed_b else (plan.bn, shape.n)
+    if block >= extent:
+        return 1.0
+    short = max(1 - block * shape.operand_bytes / RUN_BYTES, 0.0)
+    return 1 + PARTIAL_ROWS + SHORT_ROWS * short
+
+
 @lru_cache(maxsize=4096)
 def choose_matmul(chip: Chip, shape: MatmulShape) -> MatmulPlan:
     """The cheapest legal plan. Raises CompileError when none fits."""
     plans = sorted(
-        ((_bound(chip, shape, plan), n, plan) for n, plan in enumerate(legal_plans(chip, shape)))
+        (_bound(chip, shape, plan) * _weight(shape, plan), n, plan)
+        for n, plan in enumerate(legal_plans(chip, shape))
     )
     best: MatmulPlan | None = None
+    best_weighed = 0.0
     for bound, _, plan in plans[:COMPARED_PLANS]:
         if best is not None and bound > 1.1 * best.cycles:
             break
         cycles = matmul_cycles(chip, shape, plan)
-        if best is None or cycles < best.cycles:
+        weighed = cycles * _weight(shape, plan)
+        if best is None or weighed < best_weighed:
             best = MatmulPlan(plan.resident, plan.bm, plan.bn, plan.bk, plan.buffers, cycles)
+            best_weighed = weighed
     if best is None:
         raise CompileError(
             f"matmul {shape.m} x {shape.k} by {shape.k} x {shape.n}",

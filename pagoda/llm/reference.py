@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from pagoda.runtime import host_threads
 
 from .gguf import ModelFile
 from .model import load_model
@@ -33,7 +34,7 @@ def counted_macs(config: LlamaConfig, count: int, position: int) -> int:
 def all_threads() -> Iterator[None]:
     """Torch on every processor that this process may use."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(host_threads())
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """One device: a machine, its memory, launches on it, and the sums of what they did."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,15 +32,27 @@ class LaunchRecord:
     calls: Sequence[KernelCall] = ()
 
 
+def host_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Device:
     """A chip with an operating system of one process.
 
     Addresses are DRAM byte addresses; `pointer` turns one into a host pointer to the same bytes.
+    machine: default a simulator, on so many host threads (default: one for each processor).
     """
 
-    def __init__(self, chip: Chip, machine: Machine | None = None) -> None:
+    def __init__(
+        self, chip: Chip, machine: Machine | None = None, threads: int | None = None
+    ) -> None:
         self.chip = chip
-        self.machine = machine if machine is not None else Simulator(chip)
+        if machine is None:
+            machine = Simulator(chip, threads=threads or host_threads())
+        self.machine = machine
         self.memory = Allocator(chip.dram_bytes, first=64)  # no allocation has address 0
         self.watchdog = WATCHDOG_CYCLES
         self.cycles = 0

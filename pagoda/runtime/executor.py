@@ -4,7 +4,10 @@ What depends on the call (addresses, sizes) is a set of words in a prepared arra
 numpy; nothing is interpreted per kernel on the host.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -75,6 +78,18 @@ class _CallList:
         return words
 
 
+@dataclass(frozen=True)
+class _Placement:
+    """Where the buffers of a call are. Each by buffer: its bytes, its DRAM address, the slot that
+    covers it, and its address within that slot; slots: after that of the call list."""
+
+    sizes: list[int]
+    addresses: np.ndarray
+    slots: list[Slot]
+    slot_of: np.ndarray
+    relative: np.ndarray
+
+
 class LoadedExecutable:
     """An executable on a device: constants placed, call lists allocated, ready to run.
 
@@ -94,7 +109,13 @@ class LoadedExecutable:
         self._lists = [_CallList(device, launch) for launch in executable.launches]
         self._used = sorted({buffer for each in self._lists for buffer in each.used})
         self._lifetimes = executable.lifetimes()
+        self._fixed_sizes = [
+            buffer.size.value * buffer.itemsize if isinstance(buffer.size, Const) else -1
+            for buffer in self._buffers
+        ]
         self._arena = (0, 0)  # address, bytes
+        self._placed_for: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._placement: _Placement | None = None
         self._plans: dict[tuple[int, ...], tuple[list[int], int]] = {}
 
     def run(
@@ -104,25 +125,44 @@ class LoadedExecutable:
         symbols: Mapping[str, int],
     ) -> int:
         """Run the launches; returns their cycles. Raises DeviceFault, OutOfDeviceMemory."""
-        sizes = [self._nbytes(number, symbols) for number in range(len(self._buffers))]
-        addresses = self._place(inputs, outputs, sizes)
-        slots, slot_of, base_of = self._slots(addresses, sizes)
-        relative = (addresses - base_of).astype(np.uint32)
+        placement = self._place(inputs, outputs, symbols)
         cycles = 0
         for each in self._lists:
-            words = each.fill(slot_of, relative, symbols)
+            words = each.fill(placement.slot_of, placement.relative, symbols)
             self.device.array(each.address, words.shape, np.uint32)[...] = words
             result = self.device.launch(
                 each.program,
                 each.arguments,
-                (each.slot, *slots),
-                lambda slot, offset: self._name(slot, offset, slots, addresses, sizes),
+                (each.slot, *placement.slots),
+                lambda slot, offset: self._name(slot, offset, placement),
                 each.calls,
             )
             cycles += result.cycles
         return cycles
 
     def _place(
+        self,
+        inputs: Sequence[TensorArg | int],
+        outputs: Sequence[TensorArg],
+        symbols: Mapping[str, int],
+    ) -> _Placement:
+        """Where everything is in this call; the last answer if it is in the same places again, as
+        in one decode step after another."""
+        sizes = [
+            self._nbytes(number, symbols) if size < 0 else size
+            for number, size in enumerate(self._fixed_sizes)
+        ]
+        pointers = [each.pointer for each in (*inputs, *outputs) if isinstance(each, TensorArg)]
+        wanted = tuple(sizes), tuple(pointers)
+        if self._placed_for != wanted or self._placement is None:
+            addresses = self._addresses(inputs, outputs, sizes)
+            slots, slot_of, base_of = self._slots(addresses, sizes)
+            relative = (addresses - base_of).astype(np.uint32)
+            self._placement = _Placement(sizes, addresses, slots, slot_of, relative)
+            self._placed_for = wanted
+        return self._placement
+
+    def _addresses(
         self, inputs: Sequence[TensorArg | int], outputs: Sequence[TensorArg], sizes: list[int]
     ) -> np.ndarray:
         """DRAM address per buffer; 0 for empty ones, which nothing accesses."""
@@ -181,29 +221,24 @@ class LoadedExecutable:
         buffer = self._buffers[number]
         return int(buffer.size.evaluate(symbols)) * buffer.itemsize
 
-    def _name(
-        self,
-        slot: int,
-        offset: int,
-        slots: Sequence[Slot],
-        addresses: np.ndarray,
-        sizes: list[int],
-    ) -> str | None:
+    def _name(self, slot: int, offset: int, placement: _Placement) -> str | None:
         """The tensor nearest below (slot, offset), for a fault's message."""
-        if not 1 <= slot <= len(slots):
+        if not 1 <= slot <= len(placement.slots):
             return None
-        address = slots[slot - 1].base + offset
-        below = [n for n in self._used if addresses[n] <= address]
+        address = placement.slots[slot - 1].base + offset
+        below = [n for n in self._used if placement.addresses[n] <= address]
         if not below:
             return None
-        number = max(below, key=lambda n: addresses[n])
-        inside = address - int(addresses[number])
-        return f"{self._buffers[number].name!r} ({sizes[number]} bytes), byte {inside}"
+        number = max(below, key=lambda n: placement.addresses[n])
+        inside = address - int(placement.addresses[number])
+        name, size = self._buffers[number].name, placement.sizes[number]
+        return f"{name!r} ({size} bytes), byte {inside}"
 
     def _release_arena(self) -> None:
         if self._arena[1]:
             self.device.memory.free(self._arena[0])
         self._arena = (0, 0)
+        self._placed_for = None
 
     def unload(self) -> None:
         """Give the device memory back; the object must not be used any more."""

@@ -62,6 +62,7 @@ from pagoda.sim.layout import (
     FAULT_SLOT,
     FAULTED,
     FIELDS,
+    HELPED,
     IMEM_BYTES,
     IN_FLIGHT,
     INSTRUCTIONS,
@@ -74,11 +75,11 @@ from pagoda.sim.layout import (
     MACS,
     MATRIX,
     ORDER,
-    OVERFLOW_COMMAND,
-    OVERFLOW_PC,
     PC,
+    POSTED,
     READ_BYTES,
     REGISTERS_AT,
+    SERVING,
     SLICE,
     SRAM_AT,
     SRAM_BYTES,
@@ -89,12 +90,18 @@ from pagoda.sim.layout import (
     VECTOR,
     WATCHDOG,
     WORK,
+    WORK_LIMIT,
     WRITE_BYTES,
 )
-from pagoda.sim.matmul import run_matmul
-from pagoda.sim.reduce import run_finish, run_reduce
-from pagoda.sim.transfer import run_gather, run_load, run_scatter, run_store
-from pagoda.sim.vector import run_iota, run_transpose, run_vector
+from pagoda.sim.values import (
+    execute,
+    is_ahead,
+    note_overflow,
+    post,
+    serve,
+    wait_for,
+    wait_for_writes,
+)
 from pagoda.sim.window import drain, enter, space, written
 
 ILLEGAL_INSTRUCTION = int(FaultKind.ILLEGAL_INSTRUCTION)
@@ -117,9 +124,6 @@ WORDS = np.array(
 ENGINES = np.array(
     [0, LOAD, STORE, LOAD, STORE, MATRIX, VECTOR, VECTOR, VECTOR, VECTOR, VECTOR], np.int64
 )
-_MATMUL = FIELDS + 16 * 5
-_MATMUL_END = _MATMUL + 16
-_ACC_WORD = _MATMUL + 14
 FENCE_WORD, BARRIER_WORD, EXIT_WORD, TRAP_WORD = range(4)
 # What a store to the command port led to.
 WENT_ON, AT_BARRIER, AT_EXIT, AT_FAULT, TO_EXECUTE = range(5)
@@ -319,13 +323,24 @@ def _divide(operation, a, b):
     return quotient if operation == op.DIV else a - quotient * b
 
 
+@jit
+def _last_entry(st):
+    """The window entry of the command that entered last."""
+    return ENTRIES + ENTRY_WORDS * st[ORDER + st[IN_FLIGHT] - 1]
+
+
 @cached_jit
-def run(st, sram, acc, scratch):
+def run(st, sram, acc, scratch, jobs):
     """Run a core until the slice, the epoch or the launch ends for it: SLICE ... LOG_FULL.
 
     st: the core's state (`layout`). sram, acc, scratch: its memories and the scratch of matmul,
-    which also are at SRAM_AT, ACC_AT.
+    which also are at SRAM_AT, ACC_AT. jobs: what it shares with its helper (`values`), which calls
+    this function too, with a state and a scratch of its own, and returns when told to.
     """
+    if st[SERVING]:
+        serve(st, jobs, sram, acc, scratch)
+        return SLICE
+    helped = st[HELPED] != 0
     x = st[REGISTERS_AT]
     code = st[CODE_AT]
     dmem = st[DMEM_AT]
@@ -367,6 +382,9 @@ def run(st, sram, acc, scratch):
             if 0 <= offset <= dmem_bytes - 4 and offset & 3 == 0:
                 store_i32(x, rd, load_i32(dmem + offset, 0))
             else:
+                if helped:
+                    read = address - 0x20000000
+                    wait_for_writes(st, read, read + 3, jobs, sram, acc, scratch)
                 st[PC], st[CYCLE] = pc, t
                 value = _load_word(st, address)
                 if value < 0:
@@ -390,37 +408,18 @@ def run(st, sram, acc, scratch):
                 if st[CHECKING] and st[LOG_USED] + log_space(st) > st[LOG_ROWS]:
                     reason = LOG_FULL
                     break
+                bank = (address >> 6) & 15
+                if helped and (bank == 3 or bank == 4):  # they look at their indices early
+                    wait_for(st, st[POSTED], jobs, sram, acc, scratch)
                 st[PC], st[CYCLE] = pc, t
                 answer = _port(st, address, np.int64(np.uint32(b)))
                 t = st[CYCLE]
                 cycles = 0
                 if answer == TO_EXECUTE:
-                    bank = (address >> 6) & 15
-                    overflow = False
-                    if bank == 1:
-                        overflow = run_load(st, bank)
-                    elif bank == 2:
-                        run_store(st, bank)
-                    elif bank == 3:
-                        overflow = run_gather(st, bank)
-                    elif bank == 4:
-                        run_scatter(st, bank)
-                    elif bank == 5:
-                        st[_ACC_WORD] &= 0x7FFFFFFF  # bit 31 of the address means nothing
-                        run_matmul(sram, acc, st[_MATMUL:_MATMUL_END], scratch)
-                    elif bank == 6:
-                        run_vector(st)
-                    elif bank == 7:
-                        run_reduce(st)
-                    elif bank == 8:
-                        run_finish(st)
-                    elif bank == 9:
-                        run_transpose(st)
-                    else:
-                        run_iota(st)
-                    if overflow and st[OVERFLOW_PC] < 0:
-                        st[OVERFLOW_PC] = pc
-                        st[OVERFLOW_COMMAND] = st[COMMANDS] - 1
+                    if helped and not is_ahead(st, _last_entry(st), bank, jobs):
+                        post(st, _last_entry(st), bank, jobs, sram, acc, scratch)
+                    elif execute(st, bank, sram, acc, scratch):
+                        note_overflow(st, pc, st[COMMANDS] - 1)
                 elif answer != WENT_ON:
                     if answer == AT_FAULT:
                         reason = FAULTED
@@ -429,7 +428,7 @@ def run(st, sram, acc, scratch):
                     pc = following
                     done += 1
                     break
-                if st[WORK] > 50_000_000:  # about 50 ms: give the caller a chance
+                if st[WORK] > st[WORK_LIMIT]:  # give the caller a chance
                     limit = min(limit, t)
             else:
                 _bus_fault(st, address, 4, t, True)
@@ -567,6 +566,8 @@ def run(st, sram, acc, scratch):
         pc = following
         t += cycles
         done += 1
+    if helped:
+        wait_for(st, st[POSTED], jobs, sram, acc, scratch)
     st[PC] = pc
     st[INSTRUCTIONS] += done
     if reason == FAULTED:

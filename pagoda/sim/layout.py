@@ -44,7 +44,8 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     ACC_WRITTEN_AT,
     CHECKING,
     TRACING,
-) = range(30)
+    JOBS_AT,  # what the core shares with its helper (`values`)
+) = range(31)
 
 # Run state ---------------------------------------------------------------------------------------
 (
@@ -72,6 +73,10 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     READ_BYTES,
     WRITE_BYTES,
     WORK,  # host effort since the slice began, about one per nanosecond
+    WORK_LIMIT,  # a slice ends after so much
+    HELPED,  # 1: a helper executes the commands
+    SERVING,  # 1: this is the helper's state, not a core's
+    POSTED,  # commands left to the helper so far
     FAULT,  # FaultKind, 0 for none
     FAULT_CYCLE,
     FAULT_PC,
@@ -88,7 +93,7 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     LOG_AT,  # checking mode: DRAM rows touched in this epoch
     LOG_ROWS,
     LOG_USED,
-) = range(48, 88)
+) = range(48, 92)
 
 FIELDS = 128
 BANKS = 11

@@ -24,19 +24,24 @@ from pagoda.sim.checking import LOG_WORDS
 from pagoda.sim.core import run, settle
 from pagoda.sim.decode import predecode
 from pagoda.sim.details import detail
+from pagoda.sim.helper import Helper
 from pagoda.sim.matmul import SCRATCH_BYTES
 from pagoda.sim.races import find_race
+from pagoda.sim.values import JOB_WORDS
 
 _FIRST_TRACE_ROWS = 1 << 12
 _FIRST_LOG_ROWS = 1 << 12
 _DMEM_BASE = 0x1000_0000
 _SLICE_CYCLES = 60_000_000  # about a tenth of a second of plain instructions
+_SLICE_WORK = 50_000_000  # about 50 ms
+WORK_ALONE = 200_000  # launches of less are over before a helper thread has woken
 
 
 class Simulator:
     """A `Machine`. trace: keep every command's cycles; checking: fault on RACE, UNINITIALISED.
 
-    threads: host threads, over which the cores of the chip are spread.
+    threads: host threads. The cores of the chip are spread over them; the values of a single core
+    are worked out on a second one. Neither values nor cycles depend on that.
     """
 
     def __init__(
@@ -48,7 +53,8 @@ class Simulator:
         self.chip = chip
         self.dram = _lazy_memory(chip.dram_bytes)
         self.tracing, self._checking = trace, checking
-        self._cores = [_Core(chip, n, self.dram, checking) for n in range(chip.cores)]
+        helped = threads > 1 and chip.cores == 1
+        self._cores = [_Core(chip, n, self.dram, checking, helped) for n in range(chip.cores)]
         self._threads = min(threads, chip.cores)
         self._resident = ""
         self._code = np.zeros(0, np.int64)
@@ -104,7 +110,11 @@ class Simulator:
         )
         for core in self._cores:
             core.begin(launch, self._code, first, self.tracing)
-        fault = self._run_epochs()
+        try:
+            fault = self._run_epochs()
+        finally:
+            for core in self._cores:
+                core.end()
         for core in self._cores:
             settle(core.state)
         stopped = fault is not None and fault.kind is not FaultKind.INT64_OVERFLOW
@@ -171,7 +181,7 @@ class Simulator:
 class _Core:
     """One core: its memories, which outlive launches, and the state that compiled code works on."""
 
-    def __init__(self, chip: Chip, number: int, dram: NDArray, checking: bool):
+    def __init__(self, chip: Chip, number: int, dram: NDArray, checking: bool, helped: bool):
         self.chip, self.number = chip, number
         self._tracing, self._checking = False, checking
         self.state = np.zeros(at.STATE_WORDS, np.int64)
@@ -188,7 +198,9 @@ class _Core:
         self._trace = np.zeros((1, at.TRACE_WORDS), np.int64)
         self._log = np.zeros((_FIRST_LOG_ROWS if checking else 1, LOG_WORDS), np.int64)
         self.reason = at.SLICE
+        self._jobs = _aligned_words(JOB_WORDS)
         self._set_chip(dram)
+        self._helper = Helper(self.state, self._jobs, self.sram, self.acc) if helped else None
 
     def _set_chip(self, dram: NDArray) -> None:
         chip, st = self.chip, self.state
@@ -222,6 +234,7 @@ class _Core:
             (at.SRAM_WRITTEN_AT, self._written[0].ctypes.data),
             (at.ACC_WRITTEN_AT, self._written[1].ctypes.data),
             (at.CHECKING, self._checking),
+            (at.JOBS_AT, self._jobs.ctypes.data),
         ):
             st[index] = value
 
@@ -253,6 +266,7 @@ class _Core:
         st[at.ORDER : at.ORDER + at.MAX_WINDOW + 1] = range(at.MAX_WINDOW + 1)
         for written in self._written:
             written[:] = 0
+        st[at.WORK_LIMIT] = _SLICE_WORK if self._helper is None else WORK_ALONE
         self._point_at_buffers()
 
     def _point_at_buffers(self) -> None:
@@ -266,7 +280,9 @@ class _Core:
         """Run for a while; whether the core reached a barrier, its exit or a fault."""
         st = self.state
         st[at.LIMIT] = st[at.CYCLE] + _SLICE_CYCLES
-        self.reason = run(st, self.sram, self.acc, self._scratch)
+        self.reason = run(st, self.sram, self.acc, self._scratch, self._jobs)
+        if self._helper is not None:
+            self._helper.merge()
         if self.reason == at.TRACE_FULL:
             self._trace = np.concatenate([self._trace, np.zeros_like(self._trace)])
         elif self.reason == at.LOG_FULL:
@@ -274,8 +290,16 @@ class _Core:
             self._log = np.concatenate([self._log, room])
         elif self.reason != at.SLICE:
             return True
+        elif self._helper is not None and not st[at.HELPED]:
+            st[at.WORK_LIMIT] = _SLICE_WORK
+            self._helper.start()
         self._point_at_buffers()
         return False
+
+    def end(self) -> None:
+        """The launch is over, or was left."""
+        if self._helper is not None:
+            self._helper.stop()
 
     @property
     def cycle(self) -> int:
@@ -315,6 +339,13 @@ class _Core:
         return self._log[:used].copy()
 
 
+def _aligned_words(count: int) -> NDArray[np.int64]:
+    """Zeros that begin on a cache line."""
+    words = np.zeros(count + 7, np.int64)
+    skipped = -words.ctypes.data % 64 // 8
+    return words[skipped : skipped + count]
+
+
 def _lazy_memory(nbytes: int) -> NDArray[np.uint8]:
     """Zeroed memory that the host commits page by page, when it is first touched."""
     options = {}
@@ -323,7 +354,11 @@ def _lazy_memory(nbytes: int) -> NDArray[np.uint8]:
         linux = 0x4000 if sys.platform == "linux" else 0  # the module names it from 3.12 on
         reserve_nothing = getattr(mmap, "MAP_NORESERVE", linux)
         options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
-    return np.frombuffer(mmap.mmap(-1, nbytes, **options), np.uint8)
+    memory = mmap.mmap(-1, nbytes, **options)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Weights are read once per token: with small pages half the time goes to page walks.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _require_subnormals() -> None:

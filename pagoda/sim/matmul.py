@@ -60,7 +60,7 @@ SCRATCH_BYTES = _LONG_A_AT + _LONG_A_ROW * FUSED_M + 64
 
 
 # Called from compiled code only: wrappers for Python would double the time to compile.
-_internal = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_internal = njit(nogil=True, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @_internal
@@ -317,7 +317,7 @@ def _columns_to_fuse(sram, fields, n_begin, n_end, k_end):
     return n_end if fields[B] + last <= sram.size else whole
 
 
-@njit(nogil=True)
+@njit(nogil=True, _nrt=False)
 def run_matmul_range(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end):
     """`run_matmul` for output rows m_begin..m_end and columns n_begin..n_end only.
 
@@ -348,7 +348,7 @@ def run_matmul_range(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end)
     _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_fused, n_end, k_fused)
 
 
-@njit(nogil=True)
+@njit(nogil=True, _nrt=False)
 def run_matmul(sram, acc, fields, scratch):
     """One matmul command: ACC[m, n] (+)= sum over k of A[m, k] * B[k, n].
 

@@ -21,7 +21,7 @@ _POINTER = ir.PointerType()
 _CANONICAL_NAN = 0x7FC00000
 
 # Called from compiled code only: wrappers for Python would double the time to compile.
-_internal = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_internal = njit(nogil=True, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 BF16, INT8 = 0, 1
 """Element types of a matmul, as coded in its go word."""

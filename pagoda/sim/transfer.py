@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagoda.sim.convert import add_row, convert_row, row_bytes
-from pagoda.sim.jit import jit, load_i32, zero_bytes
+from pagoda.sim.jit import copy_bytes, jit, load_i32, zero_bytes
 from pagoda.sim.layout import (
     ACC_AT,
     DRAM_AT,
@@ -16,6 +16,8 @@ from pagoda.sim.layout import (
     SLOTS,
     SRAM_AT,
 )
+
+_PIECE = 256
 
 
 @jit
@@ -36,6 +38,17 @@ def local_at(st, address):
 def slot_at(st, slot, offset):
     """Host address of a byte of a slot."""
     return st[DRAM_AT] + st[SLOTS + SLOT_WORDS * slot] + offset
+
+
+@jit
+def copy_long(target, source, nbytes):
+    """`copy_bytes` in pieces: the C library copies 256 bytes at a time a third faster from DRAM
+    than many at once, for which it prefers other instructions."""
+    done = 0
+    while nbytes - done > _PIECE:
+        copy_bytes(target + done, source + done, _PIECE)
+        done += _PIECE
+    copy_bytes(target + done, source + done, nbytes - done)
 
 
 @jit
@@ -66,10 +79,18 @@ def run_load(st, bank):
             inner *= planes
             planes = 1
         for p in range(planes):
-            overflow |= convert_row(
-                source + p * source_plane, mem, target + p * target_plane, local, inner, lanes
-            )
+            here, place = source + p * source_plane, target + p * target_plane
+            if mem == local:
+                copy_long(place, here, row_bytes(mem, inner))
+            else:
+                overflow |= convert_row(here, mem, place, local, inner, lanes)
         return overflow
+    if mem == local and left + right + above + below == 0:
+        for p in range(planes):
+            here, place = source + p * source_plane, target + p * target_plane
+            for r in range(rows):
+                copy_bytes(place + r * target_row, here + r * source_row, row)
+        return False
     pad = row_bytes(local, left)
     for p in range(planes):
         for r in range(rows):
