@@ -69,11 +69,12 @@ def compile_once():
 
 def sdpa_call(
     out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None,
-    causal: bool, scale: float,
+    causal: bool, scale: float, terms: int,
 ) -> KernelCall:  # fmt: skip
     arrays = (out, q, k, v, mask)
     args = tuple(None if a is None else view(n, a) for n, a in enumerate(arrays))
-    kernel = LibraryCall("sdpa", (("causal", causal), ("scale", scale)))
+    precision = ("medium", "high", "highest")[terms - 1]
+    kernel = LibraryCall("sdpa", (("causal", causal), ("scale", scale)), precision)
     return KernelCall(kernel, args)
 
 
@@ -99,8 +100,8 @@ def attend(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if out is None:
         out = np.full((*q.shape[:3], v.shape[3]), 7, q.dtype)
-    call = sdpa_call(out, q, k, v, mask, causal, scale)
-    kernel, chosen = attention_for(call, chip, terms)
+    call = sdpa_call(out, q, k, v, mask, causal, scale, terms)
+    kernel, chosen = attention_for(call, chip)
     if blocks is not None:
         kind = None if mask is None else CODES[mask.dtype]
         kernel = attention_kernel(
@@ -445,7 +446,7 @@ def test_head_dimension_must_be_a_small_number():
 def test_arguments_of_symbolic_sizes():
     """One kernel serves every length: the scalars are expressions over the region's symbols."""
     q, k, v = tensors(h=6, g=2, q=2, s=3)
-    call = sdpa_call(np.empty_like(q), q, k, v, None, True, 0.25)
+    call = sdpa_call(np.empty_like(q), q, k, v, None, True, 0.25, 1)
     length = Symbol("n")
     args = list(call.args)
     for number in (0, 1):

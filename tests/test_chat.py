@@ -1,7 +1,9 @@
 """`pagoda chat`: with a tiny random model, on the smallest chip."""
 
 import re
+import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -85,6 +87,63 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(arguments, monkeypatch):
     assert len(calls) > 4
     calls.clear()
     assert run(arguments, "--prompt", "in the end").exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--prompt", " "],
+            "--prompt: it must have text, but it is empty; leave it out for a conversation.",
+        ),
+        (["--max-tokens", "0"], "Invalid value for '--max-tokens': 0 is not in the range x>=1."),
+        (["--seed", "x"], "Invalid value for '--seed': 'x' is not a valid integer."),
+    ],
+)
+def test_wrong_usage(arguments, more, message):
+    result = run(arguments, *more)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"Usage: chat [OPTIONS]\nTry 'chat --help' for help.\n\nError: {message}\n"
+    )
+
+
+def test_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    message = "chat: messages come from standard input, but it is closed; give one with --prompt."
+    with pytest.raises(click.UsageError, match=re.escape(message) + "$"):
+        chat.main([], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (
+            "hi",
+            ["--temperature", "-1"],
+            ("temperature: must be a number, 0 or more, but it is -1.0. Choose a value in that "
+            "range."),
+        ),
+        (
+            "h\udcffi",
+            [],
+            (r"the message: must be Unicode text, but character 1 is '\udcff'. Give the text in "
+            "UTF-8."),
+        ),
+    ],
+)
+def test_a_prompt_or_setting_that_cannot_be_used(arguments, prompt, options, message):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        run(arguments, "--prompt", prompt, *options)
+
+
+def test_standard_input_that_is_not_utf8(arguments):
+    message = (
+        "standard input: messages must be UTF-8 text, but there is the byte 0xff. Give the text in "
+        "UTF-8."
+    )
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        run(arguments, input=b"hel\xfflo\n")
 
 
 def test_ctrl_c_at_the_prompt_leaves(arguments, monkeypatch):

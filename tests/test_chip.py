@@ -49,14 +49,14 @@ def test_derived_figures_of_edge():
         ),
         ({"window": 17}, "window = 17: must be 2 to 16; choose a value in that range"),
         ({"cores": 0}, "cores = 0: must be 1 to 256; choose a value in that range"),
-        ({"cores": 1.5}, "cores = 1.5: must be a whole number; write it without a fraction"),
+        ({"cores": 1.5}, "cores = 1.5: must be a whole number; write digits only"),
         (
             {"dram_bytes_per_cycle": 0},
             "dram_bytes_per_cycle = 0: must be above 0, at most 65536; try 16",
         ),
         (
             {"dram_bytes_per_cycle": "fast"},
-            "dram_bytes_per_cycle = fast: must be a number; for example 25.6",
+            "dram_bytes_per_cycle = 'fast': must be a number; for example 25.6",
         ),
         (
             {"matrix_types": ("fp64",)},
@@ -97,7 +97,15 @@ def test_python_file(tmp_path):
         ("a.toml", 'base = "egde"\n', "base = 'egde': unknown; presets are tiny, tiny8, edge"),
         ("a.toml", "rows = 16\n", "missing field 'acc_bytes'; give it, or start from a preset"),
         ("a.toml", 'base = "edge"\nmatrix_types = 5\n', None),
-        ("a.py", "1 / 0\n", "it stopped with ZeroDivisionError: division by zero; fix that line"),
+        ("a.py", "1 / 0\n", (
+            "it stopped in line 1 with ZeroDivisionError: division by zero; fix that line"
+        )),
+        ("a.py", "x = 1\nraise SystemExit(3)\n", (
+            "it stopped in line 2 with SystemExit: 3; fix that line"
+        )),
+        ("a.py", "\ndef (\n", (
+            "it stopped in line 2 with SyntaxError: invalid syntax (a.py, line 2); fix that line"
+        )),
         ("a.py", "chip = 3\n", "defines no `chip`; end it with `chip = pagoda.isa.Chip(...)`"),
     ],
 )
@@ -111,6 +119,21 @@ def test_bad_chip_files(tmp_path, file, text, message):
     )
     with pytest.raises(ChipError, match=re.escape(message)):
         load_chip(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.toml", "a.py"])
+def test_a_directory_is_no_chip_file(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir()
+    message = f"chip file {path}: cannot be read (Is a directory); check the path"
+    with pytest.raises(ChipError, match=re.escape(message) + "$"):
+        load_chip(str(path))
+
+
+def test_text_for_a_number_is_quoted():
+    message = "chip 'edge': rows = 'many': must be a whole number; write digits only"
+    with pytest.raises(ChipError, match=re.escape(message) + "$"):
+        replace(EDGE, rows="many")
 
 
 def test_file_that_is_no_text(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -15,11 +17,12 @@ import pytest
 
 from pagoda import __version__, cli
 from pagoda.cli import dump, library
-from pagoda.cli import stalls as stall_table
 from pagoda.cli.library import LIBRARY, Attention
+from pagoda.compiler.errors import Unsupported
 from pagoda.compiler.stages import STAGES
 from pagoda.isa.commands import COMMANDS
 from pagoda.isa.manual import manual
+from pagoda.runtime.stalls import IDLE
 
 ROOT = Path(__file__).parents[1]
 WORKING = [name for name in cli.COMMANDS if name != "chat"]
@@ -347,10 +350,18 @@ def test_dump_wrong_usage(pagoda, kernel_file, words, message):
                 "division by zero; correct the file or the path"
             ),
         ),
+        (
+            ["leaves.py:scale"],
+            (
+                "kernel file leaves.py: it can be imported, but that raised SystemExit: 4; correct "
+                "the file or the path"
+            ),
+        ),
     ],
 )
 def test_dump_errors(pagoda, kernel_file, words, message):
     Path("broken.py").write_text("1 / 0\n")
+    Path("leaves.py").write_text("raise SystemExit(4)\n")
     folder = Path.cwd()
     expected = message.format(here=folder / "mine.py", folder=folder)
     path = list(sys.path)
@@ -548,6 +559,34 @@ def test_a_bug_keeps_its_traceback(pagoda, monkeypatch):
         pagoda("run", "attention")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_cannot_be_compiled_is_told(pagoda, monkeypatch, packed):
+    """Also where torch.compile has packed the error in one of its own."""
+
+    def fail(*_):
+        error = Unsupported("operation inv is not supported on device pagoda.")
+        if not packed:
+            raise error
+        outer = RuntimeError("backend='pagoda' raised")
+        outer.inner_exception = error
+        raise outer
+
+    monkeypatch.setattr(Attention, "build", fail)
+    message = "error: operation inv is not supported on device pagoda.\n"
+    assert pagoda("run", "attention") == (1, "", message)
+
+
+def test_telling_an_error_does_not_load_torch():
+    code = (
+        "import sys; sys.argv = ['pagoda', 'run', 'matmul', 'dtype=int8', '--chip', 'nowhere.toml']"
+        "\nfrom pagoda.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'pagoda.cli.errors' in sys.modules and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: "), done.stderr
+
+
 def test_ctrl_c(pagoda, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -555,6 +594,49 @@ def test_ctrl_c(pagoda, monkeypatch):
     monkeypatch.setattr(Attention, "build", interrupt)
     code, out, err = pagoda("run", "attention")
     assert (code, out, err.strip()) == (130, "", "interrupted")
+
+
+def test_ctrl_c_in_a_callback_of_native_code(pagoda, monkeypatch):
+    """Python drops what is raised there; it comes again."""
+
+    def interrupt(*_):
+        def press(_first, _second):
+            raise KeyboardInterrupt
+
+        compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(press)
+        compare(None, None)
+        for _ in range(100):
+            time.sleep(0.1)
+
+    monkeypatch.setattr(Attention, "build", interrupt)
+    code, out, err = pagoda("run", "attention")
+    assert (code, out, err.strip()) == (130, "", "interrupted")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_output_that_cannot_be_written():
+    code = "import sys; sys.argv = ['pagoda', 'chips']; from pagoda.cli import main; main()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=False, stdout=full, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr.decode()) == (
+        1,
+        ("error: the output: it must be written, but No space left on device; free some space or "
+        "write elsewhere\n"),
+    )
+
+
+def test_a_warning_is_one_line(pagoda, monkeypatch):
+    formatted = []
+
+    def warn(*_):
+        formatted.append(warnings.formatwarning("no room", RuntimeWarning, "file.py", 3))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Attention, "build", warn)
+    pagoda("run", "attention")
+    assert formatted == ["warning: no room\n"]
 
 
 def test_unknown_command(pagoda):
@@ -583,9 +665,7 @@ def test_every_cycle_is_accounted_for(pagoda, chip):
     found = json.loads(out.splitlines()[-1])
     for row in found["stalls"].values():
         assert min(row.values()) >= 0
-        assert row["busy"] + sum(row[cause] for cause in stall_table.IDLE) == (
-            cores * found["cycles"]
-        )
+        assert row["busy"] + sum(row[cause] for cause in IDLE) == cores * found["cycles"]
     assert sum(row["commands"] for row in found["stalls"].values()) == found["commands"]
 
 

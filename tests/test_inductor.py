@@ -246,3 +246,42 @@ def test_describe(executor: HostExecutor) -> None:
         "  %4 = add %2 %3 : float32",
         "  store p1[i0] = %4",
     ]
+
+
+def dtypes(executor: HostExecutor) -> dict[str, list[str]]:
+    """Of the largest region, by kind of buffer."""
+    found: dict[str, list[str]] = {}
+    for buffer in largest(executor).buffers:
+        found.setdefault(buffer.kind, []).append(buffer.dtype)
+    return found
+
+
+def test_a_residual_stream_is_kept_in_float32(executor: HostExecutor) -> None:
+    """It goes from nest to nest; what the products read stays bfloat16."""
+    torch.manual_seed(0)
+    depth = 16
+    w = (torch.randn(depth, 8, 8) / 64).bfloat16()
+
+    def layers(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for k in range(depth):
+            x = x + torch.rms_norm(x, (8,)) @ w[k]
+        return torch.rms_norm(x, (8,)).float()
+
+    x = torch.randn(2, 4, 8, dtype=torch.bfloat16)
+    got = torch.compile(layers, backend=P)(x.to(P), w.to(P)).cpu()
+    assert "float32" in dtypes(executor)["temporary"]
+    products = [s for s in largest(executor).steps if not isinstance(s.kernel, LoopNest)]
+    operands = [[view.dtype for view in step.args[1:]] for step in products]
+    assert operands == [["bfloat16"] * 2] * depth
+    exact = layers(x.float(), w.float())
+    assert 2 * torch.dist(got, exact) < torch.dist(layers(x, w), exact)
+
+
+def test_a_product_that_goes_on_in_float32_is_not_rounded(executor: HostExecutor) -> None:
+    def logits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (x @ w).float() * 3
+
+    x, w = torch.randn(4, 64).bfloat16(), torch.randn(64, 5).bfloat16()
+    got = torch.compile(logits, backend=P)(x.to(P), w.to(P)).cpu()
+    assert dtypes(executor)["temporary"] == ["float32"]
+    torch.testing.assert_close(got, logits(x.float(), w.float()))

@@ -451,6 +451,20 @@ def test_errors(function, line, column, message):
         function.build(y=F32, N=6)
 
 
+@kernel
+def divides_by_zero(y: Tensor, *, N):
+    store(y[0, full(N)], 1 / (N - 6))
+
+
+def test_a_compile_time_value_that_there_is_not():
+    message = (
+        "`1 / (N - 6)`: a compile-time expression has a value, but 1 / 0 raised "
+        "ZeroDivisionError: division by zero; correct its operands"
+    )
+    with pytest.raises(CompileError, match=re.escape(message) + "$"):
+        divides_by_zero.build(y=F32, N=6)
+
+
 def test_unknown_function():
     rule = "call of `print`: a kernel calls functions of the kernel language, but it is none; use"
     with pytest.raises(CompileError, match=re.escape(rule)):

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from pagoda.compiler.cache import Cache
 from pagoda.compiler.loop_nest import LoopNest
@@ -26,7 +28,8 @@ from pagoda.llm.compiled import compile_model
 from pagoda.llm.program import key, load
 from pagoda.llm.reference import counted_macs
 from pagoda.llm.tiny_model import random_state, tiny_config, write_gguf
-from pagoda.llm.trace import trace
+from pagoda.llm.trace import _Recorder, trace
+from pagoda.pytorch import device
 from pagoda.runtime import Device, OutOfDeviceMemory
 
 CHIP = PRESETS["tiny"]
@@ -140,6 +143,21 @@ def test_a_step_writes_the_cache_in_place(traced_and_compiled):
                 named = dict(zip(step.kernel.symbols, values, strict=True))
                 points = np.prod([int(size.evaluate(named)) for size in step.kernel.dims])
                 assert points <= 2 * 16 * 6  # heads, head size, tokens
+
+
+def test_nothing_of_a_step_is_computed_on_the_host(compiled):
+    assert compiled.fallbacks == {} and figures.fallbacks(compiled) == 0
+
+
+def test_what_the_host_computes_in_a_step_is_counted(file, monkeypatch):
+    def run_with_fallback(self, region, inputs, outputs, symbols):
+        self.calls.append((region, list(inputs)))
+        device.state.fallbacks["aten.sort.default"] += 1
+
+    monkeypatch.setattr(_Recorder, "run", run_with_fallback)
+    monkeypatch.setattr(device.state, "fallbacks", Counter({"aten.sort.default": 5}))
+    traced = trace(LlamaConfig(**file.hyperparameters), CAPACITY)
+    assert traced.fallbacks == {"aten.sort.default": 2}
 
 
 def test_cache_of_an_unchanged_model_on_the_host(file):

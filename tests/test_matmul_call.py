@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from compiler_support import bfloat16, run_kernel
@@ -23,10 +25,10 @@ def view(buffer, array):
     return View(buffer, Const(0), tuple(map(Const, array.shape)), strides, NAMES[array.dtype])
 
 
-def step(name, *arrays, alpha=1, beta=1):
+def step(name, *arrays, alpha=1, beta=1, precision="highest"):
     attributes = (("alpha", alpha), ("beta", beta)) if name == "addmm" else ()
     views = tuple(view(number, array) for number, array in enumerate(arrays))
-    return KernelCall(LibraryCall(name, attributes), views)
+    return KernelCall(LibraryCall(name, attributes, precision), views)
 
 
 def windowed(array, found):
@@ -41,9 +43,9 @@ def windowed(array, found):
     return np.ndarray(sizes, array.dtype, memory, start, strides)
 
 
-def run(name, *arrays, chip=TINY, terms=3):
+def run(name, *arrays, chip=TINY, precision="highest"):
     """Runs the step and returns the first array, its result."""
-    kernel, views = matmul_for(step(name, *arrays), chip, {}, terms)
+    kernel, views = matmul_for(step(name, *arrays, precision=precision), chip, {})
     arguments = {v: windowed(arrays[found.buffer], found) for v, found in views.items()}
     run_kernel(chip, kernel, Simulator(chip, checking=True), **arguments)
     return arrays[0]
@@ -98,10 +100,10 @@ def test_extents_of_one(dtype, sizes, layout):
 
 
 @pytest.mark.parametrize("out", [np.float32, bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("terms", [1, 2, 3])
-def test_bmm_in_float32(out, terms):
+@pytest.mark.parametrize("precision", ["medium", "high", "highest"])
+def test_bmm_in_float32(out, precision):
     a, b = numbers(3, 4, 10), turned(numbers(3, 10, 6, seed=1))
-    c = run("bmm", np.zeros((3, 4, 6), out), a, b, terms=terms, chip=EDGE)
+    c = run("bmm", np.zeros((3, 4, 6), out), a, b, precision=precision, chip=EDGE)
     assert np.array_equal(c, product(a, b).astype(out))
 
 
@@ -132,13 +134,13 @@ def test_int8():
     assert np.array_equal(c, a.astype(np.int32) @ b.astype(np.int32))
 
 
-def test_terms_decide_the_accuracy():
+def test_precision_decides_the_accuracy():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((8, 50), np.float32), rng.standard_normal((50, 8), np.float32)
     exact = a.astype(np.float64) @ b
     errors = [
-        np.abs(run("mm", np.zeros((8, 8), np.float32), a, b, terms=terms) - exact).max()
-        for terms in (1, 2, 3)
+        np.abs(run("mm", np.zeros((8, 8), np.float32), a, b, precision=precision) - exact).max()
+        for precision in ("medium", "high", "highest")
     ]
     assert errors[2] < 4e-6 < 10 * errors[2] < errors[1] < 1e-3 < errors[0]
 
@@ -208,3 +210,15 @@ def test_what_the_kernels_do_not_take(call, message):
     with pytest.raises(CompileError) as error:
         matmul_for(call, TINY, {})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("array", [BF16, I8], ids=["bfloat16", "int8"])
+def test_a_chip_whose_matrix_engine_lacks_the_type(array):
+    lacks, has = ("int8", "bf16") if array is I8 else ("bf16", "int8")
+    chip = replace(TINY, name="small", matrix_types=(has,))
+    with pytest.raises(CompileError) as error:
+        matmul_for(step("mm", I32 if array is I8 else F32, array, array), chip, {})
+    assert str(error.value) == (
+        f"{lacks} matmul: it needs a matrix engine that multiplies {lacks}, but chip small has "
+        f"{has}; convert the operands to {has}, or use another chip"
+    )

@@ -238,6 +238,15 @@ def test_decode_is_near_the_rate_of_its_splits():
     assert bound / zeros_run(EDGE, m, n, k) >= 0.8
 
 
+def test_decode_with_one_term_is_near_the_bandwidth():
+    """Loads of b must be large enough for its buffers to cover the DRAM's latency."""
+    m, n, k = 1, 576, 1536
+    bound = n * k * 4 / float(EDGE.dram_bytes_per_cycle)
+    plan = choose_float32_plan(EDGE, MatmulShape(1, m, n, k, 4, 4), 1)
+    measured = zeros_run(EDGE, m, n, k, plan, terms=1)
+    assert bound / measured >= 0.9 and abs(measured - plan.cycles) < 0.05 * measured
+
+
 @pytest.mark.parametrize("chip", [TINY, EDGE], ids=lambda chip: chip.name)
 def test_large_products_are_near_the_peak(chip):
     m, n, k = (64, 48, 256) if chip is TINY else (128, 192, 576)

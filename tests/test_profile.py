@@ -8,6 +8,7 @@ import pytest
 from pagoda.isa import CAUSES, COMMANDS, TRACE_DTYPE, LineEntry, Program, Result, load_chip
 from pagoda.runtime.device import Device, LaunchRecord
 from pagoda.runtime.profile import LAUNCH, Profile, profile
+from pagoda.runtime.stalls import IDLE, stalls
 
 LOAD, MATMUL, VECTOR = (COMMANDS[name].bank for name in ("load", "matmul", "vector"))
 LINES = (
@@ -60,6 +61,18 @@ def test_stalls() -> None:
     assert a.stalls["matrix"] == {**nothing, "issue": 62, "hazard": 49}
     assert a.stalls["store"] == nothing and a.bottleneck() == "matrix"
     assert b.stalls["vector"] == {**nothing, "issue": 142, "dram port": 59}
+
+
+def test_stalls_of_a_whole_launch() -> None:
+    found = stalls(record(cores=2).result.trace, 350, 2, 100)
+    assert all(row["busy"] + sum(row[c] for c in IDLE) == 2 * 350 for row in found.values())
+    nothing = dict.fromkeys(("commands", "busy", *IDLE), 0) | {"launch": 200}
+    assert found == {
+        "load": nothing | {"commands": 8, "busy": 118, "issue": 156, "hazard": 6, "end": 220},
+        "store": nothing | {"end": 500},
+        "matrix": nothing | {"commands": 2, "busy": 158, "issue": 144, "hazard": 98, "end": 100},
+        "vector": nothing | {"commands": 2, "busy": 38, "issue": 304, "dram port": 118, "end": 40},
+    }
 
 
 def test_cores_add_up() -> None:

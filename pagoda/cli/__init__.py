@@ -11,6 +11,7 @@ import sys
 import click
 
 from pagoda import __version__
+from pagoda.cli.terminal import manners, write_error
 
 # name -> one line for `pagoda --help`; the module pagoda.cli.NAME defines the command NAME.
 COMMANDS = {
@@ -46,7 +47,8 @@ def pagoda() -> None:
 def main() -> None:
     """Entry point: one message per error, never a traceback for a user's mistake."""
     try:
-        pagoda.main(prog_name="pagoda", standalone_mode=False)
+        with manners():
+            pagoda.main(prog_name="pagoda", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -54,9 +56,12 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except Exception as error:
-        from pagoda.cli.errors import USER_ERRORS  # late: `pagoda --help` need not wait for it
+        from pagoda.cli.errors import user_error  # late: `pagoda --help` need not wait for it
 
-        if not isinstance(error, USER_ERRORS):
+        told = user_error(error)
+        if told is None and isinstance(error, OSError):
+            told = write_error(error)
+        if told is None:
             raise
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {told}", err=True)
         sys.exit(1)

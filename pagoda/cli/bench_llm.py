@@ -114,7 +114,7 @@ def measure(session: ChipSession, file: ModelFile) -> dict[str, object]:
         "host_ratio": round(torch_decode / ours, 3),
         "host_prefill_ratio": round(torch_prefill / prefill.seconds, 3),
         "host_threads": host_threads(),
-        "fallbacks": 0,  # there is no torch beside a ChipSession that anything could fall back to
+        "fallbacks": of.fallbacks(model),  # counted by torch's device in the trace of both steps
         "chip_mac_share": round(_macs(session, file, last), 4),
         "prefill_mac_share": round(_macs(session, file, prefill), 4),
     }

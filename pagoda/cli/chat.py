@@ -86,6 +86,13 @@ class _Chat:
             except (EOFError, KeyboardInterrupt):
                 click.echo()
                 return
+            except UnicodeDecodeError as wrong:
+                raise ModelError(
+                    "standard input",
+                    "messages must be UTF-8 text",
+                    f"there is the byte {wrong.object[wrong.start]:#04x}",
+                    "Give the text in UTF-8.",
+                ) from None
             if text == "/quit":
                 return
             if text == "/new":
@@ -121,7 +128,7 @@ class _Chat:
                     f"{figures.host_tokens_per_second(kind):,.1f} tokens/s on this computer",
                     style="dim",
                 )
-        show("CPU fallbacks: 0", style="dim")
+        show(f"CPU fallbacks: {figures.fallbacks(model)}", style="dim")
 
 
 @click.command()
@@ -155,6 +162,14 @@ def chat(
     Figures come at the end. Text goes to standard output, everything else to standard error.
     """
     console = Console(stderr=True, highlight=False)
+    if prompt is None and sys.stdin is None:
+        raise click.UsageError(
+            "chat: messages come from standard input, but it is closed; give one with --prompt."
+        )
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError(
+            "--prompt: it must have text, but it is empty; leave it out for a conversation."
+        )
     sampling = Sampling(temperature, top_k, top_p, seed)
     session, tokenizer, _ = open_session(model, chip, console)
     conversation = _Chat(session, tokenizer, sampling, max_tokens, console)

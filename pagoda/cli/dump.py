@@ -71,7 +71,7 @@ def _load(path: Path) -> object:
         spec.loader.exec_module(module)
     except CompileError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CompileError(
             f"kernel file {path}", "it can be imported",
             f"that raised {type(error).__name__}: {error}", "correct the file or the path",

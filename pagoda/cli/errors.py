@@ -1,8 +1,17 @@
 """The exceptions whose message is meant for the user as it stands."""
 
-from pagoda.compiler.errors import CompileError
+from pagoda.compiler.errors import CompileError, Unsupported
 from pagoda.isa.chip import ChipError
 from pagoda.llm import ModelError
 from pagoda.runtime import DeviceFault, OutOfDeviceMemory
 
-USER_ERRORS = (ChipError, CompileError, ModelError, DeviceFault, OutOfDeviceMemory)
+USER_ERRORS = (ChipError, CompileError, ModelError, DeviceFault, OutOfDeviceMemory, Unsupported)
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The error for the user that `error` is, or that it was raised for: torch.compile packs what
+    a back end raises in exceptions of its own, as `inner_exception`. None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, USER_ERRORS):
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    return cause

@@ -26,7 +26,8 @@ def open_session(
     Raises ModelError, CompileError, OutOfDeviceMemory.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task("reading the model file", total=None)
         file = ModelFile(path if path is not None else find_weights())
         tokenizer = Tokenizer(file.tokenizer_parts())

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from pagoda.cli.library import STORAGE, Problem, Verdict, library_help, problem, seeded
 from pagoda.cli.options import chip_option, json_option
-from pagoda.cli.stalls import IDLE, stalls
 from pagoda.compiler.compile import compile_kernel
 from pagoda.compiler.errors import CompileError
 from pagoda.compiler.language import TensorType
@@ -31,6 +30,7 @@ from pagoda.isa.chip import Chip
 from pagoda.isa.machine import Result
 from pagoda.isa.program import Slot
 from pagoda.runtime import Device
+from pagoda.runtime.stalls import IDLE, stalls
 from pagoda.sim import Simulator
 
 MAX_TENSOR_BYTES = 256 << 20  # numpy works the result out on the host as well

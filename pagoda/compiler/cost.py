@@ -24,11 +24,12 @@ from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 ISSUE_CYCLES = 45  # of the control core for one command in an inner loop: about 9 stores
 TILE_CYCLES = 350  # for the divisions and fields of a new output tile
 REPLAYED_STEPS = 256
-COMPARED_PLANS = 500
+COMPARED_PLANS = 300
 RESIDENT_BUFFERS = (7, 5, 4, 3, 2)
 STREAM_BUFFERS = (4, 3, 2)
 # A product seldom comes alone: its activations come from a chain of small kernels, which takes some
-# DRAM latencies. Plans are compared as if `a` were ready only then; b, the weights, at once.
+# DRAM latencies. Plans are compared by the mean of two cases: everything is there at once; or only
+# b, the weights, and `a` after so many latencies.
 CHAIN_LATENCIES = 12
 DEPENDENT_CYCLES = 10  # between vector commands that need one another's results
 WINDOW_FOR_NEXT_TILE = 4  # entries: its loads and matmuls
@@ -158,10 +159,12 @@ class _Timeline:
         return self.end
 
 
-def matmul_cycles(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> int:
-    """Estimated cycles of the core with the most work, launch excluded, when `a` is ready
-    CHAIN_LATENCIES after the start."""
-    chain = CHAIN_LATENCIES * (chip.dram_latency + 8)
+def matmul_cycles(
+    chip: Chip, shape: MatmulShape, plan: MatmulPlan, chain_latencies: int = 0
+) -> int:
+    """Estimated cycles of the core with the most work, launch excluded, when `a` is ready so many
+    DRAM latencies after the start."""
+    chain = chain_latencies * (chip.dram_latency + 8)
     tiles, steps_per_tile = _share_of_core(chip, shape, plan)
     commands = 2 if plan.resident else 3
     if shape.epilogue is not None:
@@ -366,12 +369,17 @@ def _bound(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> float:
     m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, max(shape.k, 1))
     matmul = timing.matmul(chip, m, n, 1, k, shape.transposed_a, shape.transposed_b)
     atoms = dram_atoms(*_tile_b(shape, n, k))
-    if not plan.resident:
+    rows = 0.0
+    if plan.resident:  # one buffer: nothing is multiplied while the next rows of a are loaded
+        blocks = shape.batch * -(-shape.m // plan.bm)
+        rows = blocks * dram_atoms(*_tile_a(shape, m, shape.k)) * DRAM_ATOM_BYTES
+        rows /= float(chip.dram_share)
+    else:
         atoms += dram_atoms(*_tile_a(shape, m, k))
     dram = atoms * DRAM_ATOM_BYTES / float(chip.dram_share)
     control = TILE_CYCLES / steps + (2 if plan.resident else 3) * ISSUE_CYCLES
     edge = 0.5 if tiles * steps > 1 else 1.0  # tails may be much smaller than the rest
-    return max((tiles * steps - edge) * max(matmul.occupancy, dram, control), 0.0)
+    return rows + max((tiles * steps - edge) * max(matmul.occupancy, dram, control), 0.0)
 
 
 def _weight(shape: MatmulShape, plan: MatmulPlan) -> float:
@@ -393,10 +401,11 @@ def choose_matmul(chip: Chip, shape: MatmulShape) -> MatmulPlan:
     best: MatmulPlan | None = None
     best_weighed = 0.0
     for bound, _, plan in plans[:COMPARED_PLANS]:
-        if best is not None and bound > 1.1 * best.cycles:
+        if best is not None and bound > 1.1 * best_weighed:
             break
         cycles = matmul_cycles(chip, shape, plan)
-        weighed = cycles * _weight(shape, plan)
+        chained = matmul_cycles(chip, shape, plan, CHAIN_LATENCIES)
+        weighed = (cycles + chained) / 2 * _weight(shape, plan)
         if best is None or weighed < best_weighed:
             best = MatmulPlan(plan.resident, plan.bm, plan.bn, plan.bk, plan.buffers, cycles)
             best_weighed = weighed

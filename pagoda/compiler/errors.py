@@ -1,4 +1,4 @@
-"""The compiler's one user-facing exception, and where in the user's source it points."""
+"""What cannot be compiled, told to the user, and where in the user's source it is."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ class CompileError(Exception):
         super().__init__(f"{place}{what}: {rule}, but {value}; {remedy}")
         self.what, self.rule, self.value, self.remedy = what, rule, value, remedy
         self.location = location
+
+
+class Unsupported(RuntimeError):
+    """A PyTorch operation that cannot be compiled for the chip. It is raised by the PyTorch storey,
+    and defined here so that whoever tells errors to the user need not load torch to know it."""

@@ -445,7 +445,18 @@ class Interpreter:
                     "it is applied to one", "use those, or a compile-time value",
                 )  # fmt: skip
             return binary(symbol, left, right)
-        return _PYTHON[symbol](left, right)
+        return self._compute(symbol, left, right)
+
+    def _compute(self, symbol: str, left: Any, right: Any) -> Any:
+        """The value of two compile-time values and an operator."""
+        try:
+            return _PYTHON[symbol](left, right)
+        except (ArithmeticError, TypeError, ValueError) as problem:
+            return self.fail(
+                f"`{ast.unparse(self.node)}`", "a compile-time expression has a value",
+                f"{left!r} {symbol} {right!r} raised {type(problem).__name__}: {problem}",
+                "correct its operands",
+            )  # fmt: skip
 
     def _expect_numbers(self, symbol: str, *values: Any) -> None:
         for value in values:
@@ -482,7 +493,7 @@ class Interpreter:
         self._expect_numbers(symbol, left, right)
         if isinstance(left, Scalar) or isinstance(right, Scalar):
             return binary(symbol, left, right)
-        return _PYTHON[symbol](left, right)
+        return self._compute(symbol, left, right)
 
     def _boolean(self, operator: ast.boolop, values: list[Any]) -> Any:
         if any(isinstance(value, Scalar) for value in values):

@@ -44,7 +44,8 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          nothing is 0.
 #
 # mm, bmm, addmm and sdpa accumulate in float32 and round once, on the way out (the weights of
-# softmax may be rounded to the type of v before they meet it: a kernel's choice).
+# softmax may be rounded to the type of v before they meet it: a kernel's choice). How exactly they
+# multiply float32 operands is the call's `precision`.
 LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "copy": (("out", "a"), ()),
     "mm": (("out", "a", "b"), ()),
@@ -53,13 +54,20 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
 }
 
+Precision = Literal["highest", "high", "medium"]
+
 
 @dataclass(frozen=True)
 class LibraryCall:
-    """A kernel of the kernel library, by name, with its static attributes (see `LIBRARY`)."""
+    """A kernel of the kernel library, by name, with its static attributes (see `LIBRARY`).
+
+    precision: of products of float32 operands, in the words of torch's float32 matmul precision
+    (what they mean here: `kernels.float32.TERMS`). Of other operands it is always "highest".
+    """
 
     name: str
     attributes: tuple[tuple[str, bool | int | float | str], ...] = ()
+    precision: Precision = "highest"
 
     def __post_init__(self) -> None:
         known = LIBRARY[self.name][1]
@@ -69,7 +77,10 @@ class LibraryCall:
         return dict(self.attributes)[name]
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{name}={value}" for name, value in self.attributes)
+        named = self.attributes
+        if self.precision != "highest":
+            named += (("precision", self.precision),)
+        shown = ", ".join(f"{name}={value}" for name, value in named)
         return f"{self.name}({shown})" if shown else self.name
 
 

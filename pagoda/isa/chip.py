@@ -6,6 +6,7 @@ A `Chip` is frozen plain data and checks itself: an impossible chip cannot be ma
 
 import runpy
 import tomllib
+import traceback
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property
@@ -58,6 +59,7 @@ class Chip:
 
     def _refuse(self, field: str, rule: str, remedy: str) -> None:
         value = getattr(self, field)
+        value = repr(value) if isinstance(value, str) else value
         raise ChipError(f"chip {self.name!r}: {field} = {value}: {rule}; {remedy}")
 
     def _check_types(self) -> None:
@@ -66,7 +68,7 @@ class Chip:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                self._refuse(field.name, "must be a whole number", "write it without a fraction")
+                self._refuse(field.name, "must be a whole number", "write digits only")
         if not isinstance(self.matrix_types, (tuple, list)):
             self._refuse("matrix_types", "must be a list", 'for example ["bf16", "int8"]')
         if isinstance(self.dram_bytes_per_cycle, bool) or not isinstance(
@@ -237,14 +239,24 @@ def load_chip(name_or_path: str) -> Chip:
 
 
 def _run(path: Path) -> dict[str, object]:
+    with path.open("rb"):  # runpy would look for a package in a directory
+        pass
     try:
         return runpy.run_path(str(path))
-    except OSError:
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ChipError(
-            f"chip file {path}: it stopped with {type(error).__name__}: {error}; fix that line"
+            f"chip file {path}: it stopped in line {_line(path, error)} with "
+            f"{type(error).__name__}: {error}; fix that line"
         ) from error
+
+
+def _line(path: Path, error: BaseException) -> int:
+    """Line of the file at which the exception left it."""
+    if isinstance(error, SyntaxError):
+        return error.lineno or 1
+    calls = traceback.extract_tb(error.__traceback__)
+    lines = [call.lineno for call in calls if call.filename == str(path)]
+    return (lines[0] if lines else None) or 1
 
 
 def _from_table(path: Path, table: dict[str, object]) -> Chip:

@@ -13,16 +13,17 @@ from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
 from pagoda.kernels.attention import LOG2_E, attention_kernel
 from pagoda.kernels.attention_blocks import AttentionBlocks, choose_blocks
+from pagoda.kernels.float32 import TERMS
 
 _DTYPES = {"bfloat16": DType.BF16, "float32": DType.F32}
 _MASKS = {**_DTYPES, "bool": DType.BOOL}
 MAX_HEAD_DIM = 256
 
 
-def attention_for(call: KernelCall, chip: Chip, terms: int = 3) -> tuple[Kernel, AttentionBlocks]:
+def attention_for(call: KernelCall, chip: Chip) -> tuple[Kernel, AttentionBlocks]:
     """The kernel for an `sdpa` step on a chip, and its blocks.
 
-    terms: how many bf16 terms float32 operands are split into (`float32.TERMS`). Raises
+    Float32 operands are split into as many bf16 terms as the call's precision asks for. Raises
     CompileError for tensors the kernel does not take.
     """
     out, q, k, v, mask = call.args
@@ -41,10 +42,10 @@ def attention_for(call: KernelCall, chip: Chip, terms: int = 3) -> tuple[Kernel,
                 f"{name} has stride {view.strides[3]} there", f"call {name}.contiguous() first",
             )  # fmt: skip
     kind = None if mask is None else _dtype(mask, _MASKS, "the mask is bool, float32 or bfloat16")
-    used = terms if dtype is DType.F32 else 1
-    blocks = choose_blocks(chip, head_dim, value_dim=value_dim, mask=kind, terms=used)
+    terms = TERMS[_library(call).precision] if dtype is DType.F32 else 1
+    blocks = choose_blocks(chip, head_dim, value_dim=value_dim, mask=kind, terms=terms)
     causal = bool(_library(call).attribute("causal"))
-    kernel = attention_kernel(dtype, head_dim, causal, kind, used, blocks, value_dim=value_dim)
+    kernel = attention_kernel(dtype, head_dim, causal, kind, terms, blocks, value_dim=value_dim)
     return kernel, blocks
 
 

@@ -10,10 +10,11 @@ from pagoda.compiler.index_expr import Const, Expr
 from pagoda.compiler.language import TensorType
 from pagoda.compiler.loop_nest import ITEMSIZE
 from pagoda.compiler.nest_epilogue import Epilogue
-from pagoda.compiler.region import KernelCall, View
+from pagoda.compiler.region import KernelCall, LibraryCall, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
+from pagoda.kernels.float32 import TERMS
 from pagoda.kernels.matmul import build_matmul
 from pagoda.kernels.matmul_float32 import build_matmul_float32
 
@@ -26,16 +27,16 @@ def matmul_for(
     call: KernelCall,
     chip: Chip,
     symbols: Mapping[str, int],
-    terms: int = 3,
     epilogue: Epilogue | None = None,
 ) -> tuple[Kernel, dict[str, View]]:
     """The kernel for a step and a view per tensor of it.
 
     Operands are bfloat16 or float32 (then results and bias are one of these) or int8 (then int32).
-    symbols: sizes to choose the blocks for. terms: how many bf16 terms float32 operands are split
-    into (`float32.TERMS`). epilogue: of a product of bfloat16 operands (`fusion`). Raises
-    CompileError for what the kernels do not take.
+    Float32 operands are split into as many bf16 terms as the call's precision asks for.
+    symbols: sizes to choose the blocks for. epilogue: of a product of bfloat16 operands (`fusion`).
+    Raises CompileError for what the kernels do not take.
     """
+    assert isinstance(call.kernel, LibraryCall), call.kernel
     name = call.kernel.name
     out, *rest = call.args
     bias = None
@@ -64,6 +65,7 @@ def matmul_for(
     sizes = (*views["c"].sizes, views["a"].sizes[2])
     expected = tuple(size.evaluate(symbols) for size in sizes)
     if a.dtype is DType.F32:
+        terms = TERMS[call.kernel.precision]
         kernel = build_matmul_float32(chip, **types, terms=terms, expected=expected)
     else:
         kernel = build_matmul(chip, **types, expected=expected, epilogue=epilogue)

@@ -20,7 +20,7 @@ from pagoda.compiler.cost import (
     TILE_CYCLES,
     MatmulShape,
     block_sizes,
-    dram_atoms,
+    port_cycles,
 )
 from pagoda.compiler.errors import CompileError
 from pagoda.compiler.link import kernel_sram
@@ -55,21 +55,23 @@ def sums(terms: int) -> int:
 
 @dataclass
 class _Work:
-    """Cycles of each engine, the DRAM port and the control core."""
+    """Cycles of each engine, the DRAM port, the control core, and the buffers of b's loads."""
 
     matrix: float = 0
     vector: float = 0
     dram: float = 0
     control: float = 0
+    buffers: float = 0
 
     def add(self, other: _Work, times: float = 1) -> None:
         self.matrix += other.matrix * times
         self.vector += other.vector * times
         self.dram += other.dram * times
         self.control += other.control * times
+        self.buffers += other.buffers * times
 
     def busiest(self) -> float:
-        return max(self.matrix, self.vector, self.dram, self.control)
+        return max(self.matrix, self.vector, self.dram, self.control, self.buffers)
 
     def one_after_another(self) -> float:
         return self.matrix + self.vector + self.dram
@@ -80,23 +82,23 @@ class _Cost:
 
     def __init__(self, chip: Chip, shape: MatmulShape, terms: int):
         self.chip, self.shape, self.terms = chip, shape, terms
-        self.atom = DRAM_ATOM_BYTES / float(chip.dram_share)
 
     def _vector(self, rows: int, cols: int, commands: int, groups: int) -> _Work:
         """`commands` vector commands, which take `groups` cycles per group of lanes together."""
         cycles = rows * -(-cols // self.chip.lanes) * groups + commands * VECTOR_START
         return _Work(vector=cycles, control=commands * ISSUE_CYCLES)
 
-    def _moved(self, rows: int, cols: int, pitch: int, size: int) -> _Work:
-        local = timing.local_cycles(self.chip, rows, cols * size)
-        port = max(dram_atoms(rows, cols, pitch, size) * self.atom, local)
+    def _loaded(self, rows: int, cols: int, pitch: int) -> _Work:
+        """A tile of an operand; for one term it is rounded to it on its way."""
+        local_size = TERM_BYTES if self.terms == 1 else FLOAT_BYTES
+        port = port_cycles(self.chip, rows, cols, pitch, FLOAT_BYTES, local_size)
         return _Work(dram=port, control=ISSUE_CYCLES)
 
     def load_a(self, m: int, k: int) -> _Work:
         """A tile of a: loaded, put upright, split."""
         shape = self.shape
         extents = (k, m, shape.m) if shape.transposed_a else (m, k, shape.k)
-        work = self._moved(*extents, FLOAT_BYTES)
+        work = self._loaded(*extents)
         if shape.transposed_a:
             cycles = timing.transpose(self.chip, k, m).occupancy
             work.add(_Work(vector=cycles + VECTOR_START, control=ISSUE_CYCLES))
@@ -107,7 +109,9 @@ class _Cost:
     def load_b(self, n: int, k: int) -> _Work:
         shape = self.shape
         rows, cols, pitch = (n, k, shape.k) if shape.transposed_b else (k, n, shape.n)
-        work = self._moved(rows, cols, pitch, FLOAT_BYTES)
+        work = self._loaded(rows, cols, pitch)
+        # One buffer is being read; the others take a load's whole way, port and latency.
+        work.buffers = (work.dram + self.chip.dram_latency) / (LOADED - 1)
         if self.terms > 1:
             work.add(self._vector(rows, cols, self.terms, self.terms))
         return work
@@ -123,8 +127,10 @@ class _Cost:
         """The sums of an output tile added up, stored."""
         commands, groups = {1: (1, 1), 2: (4, 7), 3: (5, 11)}[self.terms]
         work = self._vector(m, n, commands, groups)
-        work.add(self._moved(m, n, self.shape.n, self.shape.output_bytes))
-        work.control += TILE_CYCLES
+        size = self.shape.output_bytes
+        port = port_cycles(self.chip, m, n, self.shape.n, size)
+        lead = timing.store_lead(self.chip, 8 * size, 8 * size)
+        work.add(_Work(dram=lead + port, control=ISSUE_CYCLES + TILE_CYCLES))
         return work
 
 

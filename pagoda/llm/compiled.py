@@ -68,7 +68,7 @@ def compile_model(
         }
         assert len(symbols) == len(region.symbols), region.symbols
         programs.append(StepProgram(build(region, chip, symbols, store), arguments))
-    model = CompiledModel(config, capacity, DTYPE, *programs, traced.buffers)
+    model = CompiledModel(config, capacity, DTYPE, *programs, traced.buffers, traced.fallbacks)
     save(store, model)
     return model
 

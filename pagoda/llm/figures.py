@@ -65,6 +65,12 @@ def roofline(model: CompiledModel, step: Step) -> float:
     return max(matrix_utilisation(model, [step]), dram_utilisation(model, [step]))
 
 
+def fallbacks(model: CompiledModel) -> int:
+    """Operations of a prefill and a decode step that the host computed, as counted in the trace
+    that the model was compiled from; they are no part of the programs."""
+    return sum(model.fallbacks.values())
+
+
 def chip_tokens_per_second(model: CompiledModel, steps: Sequence[Step]) -> float:
     """Tokens appended per second of the chip's clock."""
     return sum(step.count for step in steps) * model.chip.clock_hz / cycles(steps)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "llama"
 VERSIONS = (2, 3)
+_HEADER_BYTES = 24  # magic, version, numbers of tensors and of metadata entries
 DOWNLOAD_AGAIN = "Download or copy the file again."
 OTHER_FILE = "Choose a Llama-architecture GGUF file, such as SmolLM2's."
 _REQUIRED = object()
@@ -111,6 +112,9 @@ class ModelFile:
             rule = "a GGUF file starts with the bytes 'GGUF'"
             value = f"it starts with {head[:4]!r}" if head else "it is empty"
             raise ModelError(self.path, rule, value, OTHER_FILE)
+        if len(head) < 8:
+            rule = f"the file announces at least {_HEADER_BYTES} bytes"
+            raise ModelError(self.path, rule, f"it ends after {len(head)}", DOWNLOAD_AGAIN)
         version = int.from_bytes(head[4:], "little")
         if version not in VERSIONS:
             rule = "it must be little-endian GGUF of version 2 or 3"

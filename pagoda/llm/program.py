@@ -59,14 +59,16 @@ class Argument:
 
 @dataclass(frozen=True)
 class Traced:
-    """What `trace.trace` found: the regions with their arguments, and the model's buffers (tensors
-    that are no weights of the file, such as rotary frequencies) by name."""
+    """What `trace.trace` found: the regions with their arguments, the model's buffers (tensors
+    that are no weights of the file, such as rotary frequencies) by name, and how often which
+    operation of the two steps was computed on the host beside them."""
 
     prefill: Region
     prefill_arguments: tuple[Argument, ...]
     decode: Region
     decode_arguments: tuple[Argument, ...]
     buffers: Mapping[str, np.ndarray]
+    fallbacks: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class StepProgram:
 @dataclass(frozen=True)
 class CompiledModel:
     """A model's programs for one chip. config: LlamaConfig's arguments; capacity: positions that
-    the key/value cache holds; dtype: of weights, activations and cache."""
+    the key/value cache holds; dtype: of weights, activations and cache; fallbacks: see `Traced`."""
 
     config: dict[str, Any]
     capacity: int
@@ -99,6 +101,7 @@ class CompiledModel:
     prefill: StepProgram
     decode: StepProgram
     buffers: Mapping[str, np.ndarray]
+    fallbacks: Mapping[str, int]
 
     @property
     def chip(self) -> Chip:

@@ -176,4 +176,16 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of `render_chat(messages)`; the template itself puts in any begin token."""
+        for message in messages:
+            _check_text(message["content"])
         return self._encoder.encode(self.render_chat(messages), add_special_tokens=False).ids
+
+
+def _check_text(text: str) -> None:
+    """Raises ModelError if bytes that were no UTF-8 have come in as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as wrong:
+        value = f"character {wrong.start} is {text[wrong.start]!r}"
+        remedy = "Give the text in UTF-8."
+        raise ModelError("the message", "must be Unicode text", value, remedy) from None

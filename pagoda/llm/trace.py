@@ -7,6 +7,7 @@ By their addresses the tensors are recognised again; what is left is plain data.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,6 +97,9 @@ def trace(
             ).logits
 
         regions = []
+        # A session runs the regions and nothing else. So what it would leave out or take from the
+        # trace is counted here: operations that the host computes while a step is traced and run.
+        fallbacks: Counter[str] = Counter()
         # Python floats (epsilons) are constants, not inputs.
         with torch._dynamo.config.patch(specialize_float=True):
             for stage, count in (("prefill", TRACED_TOKENS), ("decode", 1)):
@@ -103,8 +107,10 @@ def trace(
                 ids = torch.zeros(1, count, dtype=torch.int64).to(device.NAME)
                 known[ids.data_ptr()] = Argument("ids")
                 compiled = torch.compile(step, backend="pagoda", dynamic=True, fullgraph=True)
+                host, calls = Counter(device.state.fallbacks), len(recorder.calls)
                 compiled(ids, TRACED_POSITION + SHIFT)
-                region, inputs = recorder.calls[-1]
+                fallbacks += Counter(device.state.fallbacks) - host
+                ((region, inputs),) = recorder.calls[calls:]
                 arguments = tuple(_argument(each, known) for each in inputs)
                 regions.append((_float32_logits(region), arguments))
         torch._dynamo.reset_code(step.__code__)  # it would hold the model
@@ -114,7 +120,7 @@ def trace(
             for name, tensor in model.named_buffers()
             if name in used
         }
-    return Traced(*regions[0], *regions[1], buffers)
+    return Traced(*regions[0], *regions[1], buffers, dict(fallbacks))
 
 
 def _float32_logits(region: Region) -> Region:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from pagoda.pytorch import device
 from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
 
 aten = torch.ops.aten
@@ -58,7 +59,8 @@ class _Compiled:
 
 @dataclass
 class _Operation:
-    """All versions of an operation for one structure of arguments (types, ranks, constants)."""
+    """All versions of an operation for one structure of arguments (types, ranks, constants) and
+    one float32 matmul precision."""
 
     versions: list[_Compiled] = field(default_factory=list)
     exact: dict[tuple, _Compiled] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         else (type(a), repr(a))
         for k, a in enumerate(flat)
     )  # fmt: skip
-    operation = _operations.setdefault((op, spec, rest), _Operation())
+    operation = _operations.setdefault((op, spec, rest, matmul_precision()), _Operation())
     exact = tuple(_exact(a) for a in passed)
     version = operation.exact.get(exact)
     if version is None:

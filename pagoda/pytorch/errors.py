@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pagoda.compiler.errors import Unsupported
 
-class Unsupported(RuntimeError):
-    """An operation that cannot be compiled for the chip."""
+__all__ = ["Unsupported", "source"]
 
 
 def source(nodes: Iterable[Any]) -> str:

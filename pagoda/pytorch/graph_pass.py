@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from pagoda.pytorch.matmul_precision import matmul_precision
+
 aten = torch.ops.aten
 
 
 class GraphPass(CustomGraphPass):
     """Rewrites graphs for this device. Its `uuid` is part of Inductor's cache keys: it covers all
-    code that shapes a region, so that a cached region is never older than the code."""
+    that shapes a region beside the graph, the code and the float32 matmul precision, so that a
+    cached region is never older than these."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         share_heads(graph)
 
     def uuid(self) -> str:
-        return source_hash()
+        return f"{source_hash()} {matmul_precision()}"
 
 
 @functools.cache

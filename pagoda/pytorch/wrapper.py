@@ -36,9 +36,11 @@ from pagoda.compiler.region import (
 )
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.library import library_call
+from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.scheduling import LoopNestLine
 from pagoda.pytorch.storage import host_alias
 from pagoda.pytorch.symbolic import dtype_name, to_expr
+from pagoda.pytorch.widening import widen_temporaries
 
 _IGNORED = (
     lines.AssertSizeStrideLine,
@@ -104,7 +106,7 @@ class _RegionBuilder:
         name = context.aot_graph_name if context and context.aot_graph_name else "graph"
         if isinstance(name, (list, tuple)):
             name = "_".join(name)
-        return Region(
+        region = Region(
             name=str(name),
             inputs=tuple(inputs),
             outputs=outputs,
@@ -112,6 +114,7 @@ class _RegionBuilder:
             buffers=tuple(self.buffers),
             steps=tuple(self.steps),
         )
+        return widen_temporaries(region)
 
     def expr(self, value: sympy.Expr | int) -> Expr:
         if not isinstance(value, int):
@@ -347,5 +350,6 @@ class _RegionBuilder:
     def _call_library(self, node: Any, out: View) -> None:
         name, attributes, inputs = library_call(node)
         views = [None if arg is None else self.view(arg) for arg in inputs]
-        call = LibraryCall(name, attributes)
+        exact = all(view is None or view.dtype != "float32" for view in views)
+        call = LibraryCall(name, attributes, "highest" if exact else matmul_precision())
         self.steps.append(KernelCall(call, (out, *views), origin=name))

@@ -16,18 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pagoda.isa.chip import Chip
-from pagoda.isa.commands import BY_BANK
-from pagoda.isa.machine import CAUSES, ENGINES
+from pagoda.isa.machine import ENGINES
 from pagoda.isa.program import Program
 from pagoda.runtime.device import Device, LaunchRecord
+from pagoda.runtime.stalls import WAITS, gaps
 
 LAUNCH = "(launch)"  # what no call takes: loading code and the first record, the way out
-# The control core had not issued the command yet, or the window was full; then the trace's causes.
-WAITS = ("issue", *(cause for cause in CAUSES if cause not in ("entry", "engine")))
 
 _DISPATCHER = "dispatcher"
-_ENTRY_TO_START = 2  # a command that enters in cycle e starts in e + 2 at the earliest
-_CAUSE_TO_WAIT = np.array([WAITS.index(c) if c in WAITS else 0 for c in CAUSES])
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Row:
 
     macs, dram_bytes: as the commands name them. busy and stalls: cycles per engine, summed over the
     cores; a stall is the time from the engine being free to the row's next command starting, by
-    what that command waited for last.
+    what that command waited for last (`stalls`).
     """
 
     kernel: str
@@ -94,7 +90,7 @@ class Profile:
             np.bincount(number, trace[name], len(calls) + 1).astype(np.int64)
             for name in ("macs", "dram_bytes")
         ]
-        busy, stalls = _engine_cycles(trace, number, len(calls) + 1)
+        busy, stalls = gaps(trace).sums(number, len(calls) + 1)
         outside = self._sums.setdefault((LAUNCH, ""), _Sums())
         outside.calls += 1
         outside.cycles += total - int(cycles.sum())
@@ -172,28 +168,6 @@ def _call_numbers(trace: np.ndarray, program: Program) -> np.ndarray:
         own = trace["core"] == core
         number[own] = np.cumsum(fetch[own]) - 2
     return number
-
-
-def _engine_cycles(
-    trace: np.ndarray, number: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Busy cycles [call, engine] and stalled ones [call, engine, wait], summed over the cores."""
-    busy = np.zeros((count, len(ENGINES)), np.int64)
-    stalls = np.zeros((count, len(ENGINES), len(WAITS)), np.int64)
-    of_bank = {bank: ENGINES.index(command.engine) for bank, command in BY_BANK.items()}
-    engines = np.array([of_bank[int(bank)] for bank in trace["bank"]], np.int64)
-    for core in np.unique(trace["core"]):
-        first = trace["entry"][trace["core"] == core].min()
-        for engine in range(len(ENGINES)):
-            mine = (trace["core"] == core) & (engines == engine)
-            own, call = trace[mine], number[mine]
-            before = np.concatenate([[first], own["free"]])[: len(own)]
-            possible = np.clip(own["entry"] + _ENTRY_TO_START, before, own["start"])
-            np.add.at(busy, (call, engine), own["free"] - own["start"])
-            np.add.at(stalls, (call, engine, 0), possible - before)
-            wait = _CAUSE_TO_WAIT[own["cause"]]
-            np.add.at(stalls, (call, engine, wait), own["start"] - possible)
-    return busy, stalls
 
 
 def _add(
