@@ -38,7 +38,7 @@ def _bf16(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def _product(chip: Chip, size: int) -> Callable[[], Result]:
     """A launch of c = a w^T, `w` stored [n, k] as nn.Linear stores it; sizes fixed."""
-    device, rng = Device(chip), np.random.default_rng(SEED)
+    device, rng = Device(chip, threads=1), np.random.default_rng(SEED)
     operand = (size, size)
     a, w = device.place(_bf16(rng, *operand)), device.place(_bf16(rng, *operand))
     c = device.memory.allocate(2 * size * size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
@@ -39,6 +39,9 @@ WINDOW_FOR_NEXT_TILE = 4  # entries: its loads and matmuls
 RUN_BYTES = 6 * DRAM_ATOM_BYTES
 PARTIAL_ROWS = 0.002
 SHORT_ROWS = 0.015
+# Of two plans that take the same cycles the one that moves less is better: each cycle that the DRAM
+# port is busy counts so much more.
+TRAFFIC = 0.01
 SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at least
 
 
@@ -363,23 +366,39 @@ def _banks(nbytes: int, bank: int) -> int:
     return -(-nbytes // bank) * bank
 
 
+def _traffic(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> tuple[float, float]:
+    """Cycles in which the DRAM port loads rows of a that stay, and for each step; at least."""
+    m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, max(shape.k, 1))
+    stay, step = 0, dram_atoms(*_tile_b(shape, n, k))
+    if plan.resident:
+        stay = shape.batch * -(-shape.m // plan.bm) * dram_atoms(*_tile_a(shape, m, shape.k))
+    else:
+        step += dram_atoms(*_tile_a(shape, m, k))
+    rate = DRAM_ATOM_BYTES / float(chip.dram_share)
+    return stay * rate, step * rate
+
+
 def _bound(chip: Chip, shape: MatmulShape, plan: MatmulPlan) -> float:
-    """A quick lower bound, to skip hopeless plans."""
+    """A quick lower bound of what `_price` gives, to skip hopeless plans."""
     tiles, steps = _share_of_core(chip, shape, plan)
     m, n, k = min(plan.bm, shape.m), min(plan.bn, shape.n), min(plan.bk, max(shape.k, 1))
     matmul = timing.matmul(chip, m, n, 1, k, shape.transposed_a, shape.transposed_b)
-    atoms = dram_atoms(*_tile_b(shape, n, k))
-    rows = 0.0
-    if plan.resident:  # one buffer: nothing is multiplied while the next rows of a are loaded
-        blocks = shape.batch * -(-shape.m // plan.bm)
-        rows = blocks * dram_atoms(*_tile_a(shape, m, shape.k)) * DRAM_ATOM_BYTES
-        rows /= float(chip.dram_share)
-    else:
-        atoms += dram_atoms(*_tile_a(shape, m, k))
-    dram = atoms * DRAM_ATOM_BYTES / float(chip.dram_share)
+    # There is one buffer for rows that stay: nothing is multiplied while the next are loaded.
+    stay, dram = _traffic(chip, shape, plan)
     control = TILE_CYCLES / steps + (2 if plan.resident else 3) * ISSUE_CYCLES
     edge = 0.5 if tiles * steps > 1 else 1.0  # tails may be much smaller than the rest
-    return rows + max((tiles * steps - edge) * max(matmul.occupancy, dram, control), 0.0)
+    cycles = max((tiles * steps - edge) * max(matmul.occupancy, dram, control), 0.0)
+    moved = stay + (tiles * steps - edge) * dram
+    return (stay + cycles) * _weight(shape, plan) + TRAFFIC * max(moved, 0.0)
+
+
+def _price(chip: Chip, shape: MatmulShape, plan: MatmulPlan, cycles: int) -> float:
+    """What plans are compared by. cycles: of the plan alone."""
+    chained = matmul_cycles(chip, shape, plan, CHAIN_LATENCIES)
+    tiles, steps = _share_of_core(chip, shape, plan)
+    stay, dram = _traffic(chip, shape, plan)
+    moved = stay + tiles * steps * dram
+    return (cycles + chained) / 2 * _weight(shape, plan) + TRAFFIC * moved
 
 
 def _weight(shape: MatmulShape, plan: MatmulPlan) -> float:
@@ -395,20 +414,18 @@ def _weight(shape: MatmulShape, plan: MatmulPlan) -> float:
 def choose_matmul(chip: Chip, shape: MatmulShape) -> MatmulPlan:
     """The cheapest legal plan. Raises CompileError when none fits."""
     plans = sorted(
-        (_bound(chip, shape, plan) * _weight(shape, plan), n, plan)
+        (_bound(chip, shape, plan), n, plan)
         for n, plan in enumerate(legal_plans(chip, shape))
     )
     best: MatmulPlan | None = None
-    best_weighed = 0.0
+    lowest = 0.0
     for bound, _, plan in plans[:COMPARED_PLANS]:
-        if best is not None and bound > 1.1 * best_weighed:
+        if best is not None and bound > lowest:
             break
         cycles = matmul_cycles(chip, shape, plan)
-        chained = matmul_cycles(chip, shape, plan, CHAIN_LATENCIES)
-        weighed = (cycles + chained) / 2 * _weight(shape, plan)
-        if best is None or weighed < best_weighed:
-            best = MatmulPlan(plan.resident, plan.bm, plan.bn, plan.bk, plan.buffers, cycles)
-            best_weighed = weighed
+        price = _price(chip, shape, plan, cycles)
+        if best is None or price < lowest:
+            best, lowest = replace(plan, cycles=cycles), price
     if best is None:
         raise CompileError(
             f"matmul {shape.m} x {shape.k} by {shape.k} x {shape.n}",
