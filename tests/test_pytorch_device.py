@@ -239,3 +239,19 @@ def test_attention_dropout_is_refused() -> None:
         "scaled_dot_product_attention on device pagoda has no dropout, got dropout_p=0.5. "
         "Call model.eval(), or set the model's attention dropout to 0."
     )
+
+
+def test_a_device_that_is_not_there() -> None:
+    message = (
+        "device 'pagoda:7': its number must be below torch.pagoda.device_count(), which is 1; "
+        'use "pagoda"'
+    )
+    for make in (
+        lambda: torch.empty(3, device="pagoda:7"),
+        lambda: torch.ones(3).to("pagoda:7"),
+        lambda: torch.empty(3, 2, device="pagoda:7", memory_format=torch.contiguous_format),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            make()
+        assert str(error.value) == message
+    assert torch.ones(3).to("pagoda:0").device == torch.empty(0, device="pagoda").device

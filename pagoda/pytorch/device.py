@@ -160,10 +160,19 @@ def _as_strided(t: torch.Tensor, size, stride, storage_offset=None) -> torch.Ten
     return aten.as_strided.default.redispatch(_CPU, t, size, stride, storage_offset)
 
 
+def _require_the_one(device: torch.device | None) -> None:
+    if device is not None and device.index:
+        raise RuntimeError(
+            f"device {str(device)!r}: its number must be below torch.pagoda.device_count(), which "
+            f'is 1; use "{NAME}"'
+        )
+
+
 def empty_strided(
     size, stride, *, dtype=None, layout=None, device=None, pin_memory=None
 ) -> torch.Tensor:
     """A new uninitialised device tensor; the storage ends with its last element."""
+    _require_the_one(device)
     dtype = dtype or torch.get_default_dtype()
     count = 0
     if all(size):
@@ -175,6 +184,7 @@ def empty_strided(
 def _empty(
     size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None
 ) -> torch.Tensor:
+    _require_the_one(device)
     if memory_format in (None, torch.contiguous_format):
         return empty_strided(size, _contiguous_strides(size), dtype=dtype)
     like = torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
