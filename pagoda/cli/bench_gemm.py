@@ -21,13 +21,15 @@ from pagoda.compiler.link import (
     pack_records,
 )
 from pagoda.isa import PRESETS, Chip, DType, Result, Slot
+from pagoda.isa.chip import load_chip
 from pagoda.isa.numbers import encode
 from pagoda.kernels.matmul import build_matmul
 from pagoda.runtime import Device
 
 SEED = 0
 REPEATS = 5  # of each timing, in turn; the best counts on both sides
-CASES = [("edge", 1024), ("edge", 512), ("edge", 2048), ("car", 1024), ("car", 2048)]
+SIZES = (1024, 512, 2048)
+CASES = [(PRESETS["edge"], size) for size in SIZES] + [(PRESETS["car"], n) for n in (1024, 2048)]
 
 
 def _bf16(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -97,13 +99,20 @@ def measure(chip: Chip, size: int) -> dict[str, object]:
 
 
 @click.command()
+@click.option(
+    "--chip",
+    metavar="NAME|FILE",
+    callback=lambda context, parameter, value: None if value is None else load_chip(value),
+    help="A preset, or a .toml or .py chip file; without: `edge`, and `car` among the others.",
+)
 @json_option
-def gemm(as_json: bool) -> None:
-    """bf16 matrix products of the seeded bench: 1024 on `edge` first, then the others."""
+def gemm(chip: Chip | None, as_json: bool) -> None:
+    """bf16 matrix products of seeded numbers: 1024 first, then the other sizes."""
     console = Console(stderr=True)
+    cases = CASES if chip is None else [(chip, size) for size in SIZES]
     rows = [
-        measure(PRESETS[name], size)
-        for name, size in track(CASES, "measuring", console=console, transient=True)
+        measure(each, size)
+        for each, size in track(cases, "measuring", console=console, transient=True)
     ]
     table = Table(box=None, header_style="bold")
     for heading in ("chip", "size", "cycles", "utilisation", "Mcycle/s", "GFLOP/s", "ratio"):
