@@ -358,6 +358,15 @@ def test_an_edited_source_makes_the_cache_stale(tmp_path, edited):
     assert after != before
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_long_launch_and_the_simulator_lives_on():
     simulator = Simulator(SMALL)
     endless = Program("test", assemble(("jal", {"rd": 0, "offset": 0})))

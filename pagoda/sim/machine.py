@@ -56,6 +56,7 @@ class Simulator:
         helped = threads > 1 and chip.cores == 1
         self._cores = [_Core(chip, n, self.dram, checking, helped) for n in range(chip.cores)]
         self._threads = min(threads, chip.cores)
+        self._pool: ThreadPoolExecutor | None = None  # when it is first needed
         self._resident = ""
         self._code = np.zeros(0, np.int64)
         self._launch: Launch | None = None
@@ -146,13 +147,12 @@ class Simulator:
                 while not core.run_slice():
                     pass
             return
-        with ThreadPoolExecutor(self._threads) as pool:
-            waiting = list(self._cores)
-            while waiting:  # slice by slice, so that Ctrl-C need not wait for the epoch's end
-                ended = list(pool.map(_Core.run_slice, waiting))
-                waiting = [
-                    core for core, over in zip(waiting, ended, strict=True) if not over
-                ]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "pagoda core")
+        waiting = list(self._cores)
+        while waiting:  # slice by slice, so that Ctrl-C need not wait for the epoch's end
+            ended = list(self._pool.map(_Core.run_slice, waiting))
+            waiting = [core for core, over in zip(waiting, ended, strict=True) if not over]
 
     def _barrier_mismatches(self) -> list[Fault]:
         arrivals = [core.cycle for core in self._cores if core.reason == at.BARRIER]
