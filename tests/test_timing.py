@@ -120,6 +120,6 @@ def test_costs_and_latencies_of_vector_functions():
     assert by_latency[2, 8] == {"exp2", "log2", "recip", "rsqrt", "sin2pi"}
     assert by_latency[1, 4] == {
         "fadd", "fsub", "fmul", "fmax", "fmin", "frsub", "ffloor", "fceil", "ftrunc", "fround",
-        "f2i", "i2f", "fma",
+        "f2i", "i2f", "imul", "fma",
     }  # fmt: skip
     assert set(by_latency) == {(8, 24), (2, 8), (1, 4), (1, 0)}

@@ -104,11 +104,25 @@ def test_a_word_of_sram_waits_for_its_writers():
     assert window.drain() == 49
 
 
+def test_results_of_the_vector_engine_stay_in_order():
+    window = Window(TINY)
+    window.enter(make(0, "vector", Duration(8, 28)), 10)
+    entries = [make(k, "vector", Duration(2, tail)) for k, tail in ((1, 4), (2, 8))]
+    for k, entry in enumerate(entries):
+        window.enter(entry, 15 + 5 * k)
+    window.drain()
+    # The first finishes in 12 + 8 + 28 = 48; tails of 4 and 8 let the others start in 44 and 46.
+    assert [(e.start, e.finish, e.cause) for e in entries] == [
+        (44, 50, "engine"),
+        (46, 56, "engine"),
+    ]
+
+
 def stepped(commands, window_size):
     """The rule cycle by cycle, as `window` states it. Commands: (gap, Entry)."""
     cycle, done, waiting = 0, [], list(commands)
     next_entry = waiting[0][0]
-    free, dram_free = {}, 0
+    free, dram_free, results_free = {}, 0, 0
     while waiting or any(e.start < 0 for e in done):
         if waiting and cycle >= next_entry and sum(e.finish > cycle for e in done) < window_size:
             _, entry = waiting.pop(0)
@@ -123,6 +137,8 @@ def stepped(commands, window_size):
             dma = head.engine in ("load", "store")
             ready = cycle >= head.entry + 2 and cycle >= free.get(head.engine, 0)
             ready = ready and not (dma and cycle < dram_free)
+            if head.engine == "vector":
+                ready = ready and cycle + head.duration.tail >= results_free
             for other in done:
                 if other.finish > cycle and other.index < head.index and other.conflicts(head):
                     ready = False
@@ -134,6 +150,7 @@ def stepped(commands, window_size):
                 head.finish = head.free + head.duration.tail
                 free[head.engine] = head.free
                 dram_free = head.free if dma else dram_free
+                results_free = head.finish if head.engine == "vector" else results_free
                 break
         cycle += 1
     return [(e.entry, e.start, e.free, e.finish) for e in done]

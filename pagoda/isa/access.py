@@ -163,7 +163,8 @@ class DramRows:
 class Access:
     """Everything a command touches. `alignment`: field -> what its value must be a multiple of.
 
-    `indices` is the index tile of a gather or scatter: read at entry, so it is no range later.
+    `indices` is the index tile of a gather or scatter: a range that is read, but which holds no
+    bank port, for indices are read beside the ports.
     """
 
     command: str
@@ -180,6 +181,8 @@ class Access:
         """The hulls read and the hulls written; slot_base: physical address of the slot."""
         reads = [tile.hull for tile in self.tiles if tile.reads]
         writes = [tile.hull for tile in self.tiles if tile.writes]
+        if self.indices is not None:
+            reads.append(self.indices.hull)
         if self.dram is not None:
             first, last = self.dram.hull()
             hull = Range(DRAM, slot_base + first, slot_base + last)

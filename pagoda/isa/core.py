@@ -131,9 +131,10 @@ class Core:
             raise FaultRaised(
                 FaultKind.UNINITIALISED, f"load from SRAM byte {offset}, never written"
             )
-        ready = self.window.written(Range(SRAM, offset, offset + 3), self.cycle)
-        self._within_watchdog(ready)
-        self._next = ready + timing.LOAD_CYCLES
+        word_range = Range(SRAM, offset, offset + 3)
+        taken = self.window.written(word_range, self.cycle + timing.LOAD_EFFECT)
+        self._within_watchdog(taken)
+        self._next = taken + timing.LOAD_CYCLES - timing.LOAD_EFFECT
         return int.from_bytes(self.local[SRAM][word].tobytes(), "little", signed=True)
 
     def write(self, address: int, size: int, value: int, base_register: int) -> None:

@@ -63,7 +63,7 @@ VECTOR_FUNCTIONS = _functions("""
     30 i2b     1 1 0   1 if the pattern is not 0, else 0
     32 iadd    2 1 0   x + y modulo 2^32
     33 isub    2 1 0   x - y modulo 2^32
-    34 imul    2 1 0   x * y modulo 2^32
+    34 imul    2 1 4   x * y modulo 2^32
     35 imax    2 1 0   the greater, signed
     36 imin    2 1 0   the smaller, signed
     37 and     2 1 0   bitwise and

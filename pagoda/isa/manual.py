@@ -172,9 +172,9 @@ def _commands() -> list[str]:
             "1. Bits without a field must be 0."
         ),
         (
-            "A `lw` from SRAM that starts in t takes the word in max(t, finish of every older "
-            f"command in flight whose written hull holds a byte of it) and {timing.LOAD_CYCLES} "
-            "cycles more."
+            f"A `lw` from SRAM that starts in t takes the word in max(t + {timing.LOAD_EFFECT}, "
+            "finish of every older command in flight whose written hull holds a byte of it); the "
+            f"next instruction starts {timing.LOAD_CYCLES - timing.LOAD_EFFECT} cycles later."
         ),
         "### Bank 0: control\n\n" + control,
         (
@@ -276,7 +276,8 @@ def _window() -> list[str]:
             "read port of its ACC banks too, since partial sums pass through them. The indices of "
             "gather and scatter are read before entry: the control core waits for their older "
             "writers, then ceil(rows / L) + 4 cycles; only then the indices are checked and the "
-            "command enters."
+            "command enters. They are read again, beside the bank ports, while the command runs, "
+            "so the index tile is one of its ranges but holds no port."
         ),
         f"A trace names why a command started no earlier than it did: {causes}.",
     ]

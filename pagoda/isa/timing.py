@@ -28,7 +28,8 @@ from pagoda.isa.functions import VECTOR_FUNCTIONS
 STORE_EFFECT = 4  # go, fence, barrier, exit and trap act in cycle t + 4 at the earliest
 STORE_CYCLES = 5  # the next instruction starts in t + 5, or one cycle after a delayed entry
 START_AFTER_ENTRY = 2  # a command that entered in cycle e may start in e + 2
-LOAD_CYCLES = 5  # of a word load from SRAM, after the writers it waits for have finished
+LOAD_EFFECT = 3  # a word load from SRAM that starts in t takes the word in t + 3 at the earliest
+LOAD_CYCLES = 5  # the next instruction starts 2 cycles after the word was taken
 BARRIER_CYCLES = 10  # from the last core's arrival to the next instruction of every core
 CODE_BYTES_PER_CYCLE = 16  # while a program is copied to IMEM
 

@@ -4,7 +4,9 @@ Commands enter in program order and join their engine's queue. The head of a que
 cycle c when all of this holds:
 
     entry      c is at least START_AFTER_ENTRY cycles after its entry
-    engine     the engine's previous command has freed it
+    engine     the engine's previous command has freed it; on the vector engine, whose commands
+               differ in tail, c + tail is also no earlier than that command's finish: results
+               leave the pipeline in order
     hazard     every older command whose ranges conflict with its own has finished by c (one of
                the two writes bytes that the other reads or writes; hulls, physical addresses)
     DRAM port  load, store, gather, scatter: the previous of them has freed the port
@@ -29,6 +31,7 @@ from pagoda.isa.machine import CAUSES, ENGINES
 from pagoda.isa.timing import START_AFTER_ENTRY, Duration
 
 DMA_ENGINES = ("load", "store")
+IN_ORDER = "vector"  # the engine whose commands differ in tail
 _UNKNOWN = 1 << 62  # a cycle later than any: it depends on a command that has not started
 
 
@@ -78,6 +81,7 @@ class Window:
         self.entries: list[Entry] = []  # oldest first; the finished are dropped when it is safe
         self._next_cycle = 0  # the first cycle in which a start is still possible
         self._engine_free = dict.fromkeys(ENGINES, 0)
+        self._results_free = 0  # last finish on the vector engine
         self._dram_port_free = 0
         self._last_finish = 0
 
@@ -136,9 +140,12 @@ class Window:
             for other in self.entries
             if other.started and other.engine != head.engine and other.shares_port(head)
         ]
+        engine = self._engine_free[head.engine]
+        if head.engine == IN_ORDER:
+            engine = max(engine, self._results_free - head.duration.tail)
         return {
             "entry": head.entry + START_AFTER_ENTRY,
-            "engine": self._engine_free[head.engine],
+            "engine": engine,
             "hazard": max(hazards, default=0),
             "dram port": self._dram_port_free if head.engine in DMA_ENGINES else 0,
             "bank port": max(ports, default=0),
@@ -162,6 +169,8 @@ class Window:
         self._engine_free[entry.engine] = entry.free
         if entry.engine in DMA_ENGINES:
             self._dram_port_free = entry.free
+        if entry.engine == IN_ORDER:
+            self._results_free = entry.finish
         self._last_finish = max(self._last_finish, entry.finish)
         self._next_cycle = cycle + 1
 

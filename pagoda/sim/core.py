@@ -295,11 +295,11 @@ def _load_word(st, address):
                 _command_fault(st, 0, kind, cycle)
                 st[FAULT_COMMAND] = -1
                 return -1
-        ready = written(st, offset, offset + 3, cycle)
-        if ready > st[WATCHDOG]:
+        taken = written(st, offset, offset + 3, cycle + 3)
+        if taken > st[WATCHDOG]:
             _out_of_time(st)
             return -1
-        st[CYCLE] = ready + 5
+        st[CYCLE] = taken + 2
         return np.int64(load_u32(st[SRAM_AT] + offset, 0))
     if address == 0x50000000 or address == 0x50000004:
         st[CYCLE] = cycle + 5

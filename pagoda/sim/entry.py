@@ -36,6 +36,7 @@ from pagoda.sim.layout import (
     FAULT_VALUE,
     FAULT_VALUE_2,
     FIELDS,
+    INDEX_BIT,
     LANES,
     MATRIX_TYPES,
     PORT_BYTES,
@@ -344,6 +345,7 @@ def finish_indexed(st, e, bank):
         first = min(first, start)
         last = max(last, end)
         atoms += (end >> ATOM_SHIFT) - (start >> ATOM_SHIFT) + 1
+    _read(st, e, st[f + 6], 4 * rows, INDEX_BIT)
     physical = DRAM_SPACE + st[slot] + first
     if bank == 3 or accumulate:
         _read(st, e, physical, last - first + 1, DRAM_BIT)

@@ -59,6 +59,7 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     LAST_START,
     LAST_FINISH,
     PORT_FREE,  # DRAM port
+    RESULTS_FREE,  # last finish on the vector engine, whose results stay in order
     ENGINE_FREE,  # four: load, store, matrix, vector
     _ENGINE_FREE_1,
     _ENGINE_FREE_2,
@@ -93,7 +94,7 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     LOG_AT,  # checking mode: DRAM rows touched in this epoch
     LOG_ROWS,
     LOG_USED,
-) = range(48, 92)
+) = range(48, 93)
 
 FIELDS = 128
 BANKS = 11
@@ -141,6 +142,7 @@ ACC_SPACE = 1 << 40
 DRAM_SPACE = 1 << 50
 BANK_BITS = (1 << 32) - 1
 DRAM_BIT = 1 << 32
+INDEX_BIT = 1 << 33  # reads an index tile, which holds no bank port and so has no bank bits
 
 LOAD, STORE, MATRIX, VECTOR = range(4)
 CAUSE_ENTRY, CAUSE_ENGINE, CAUSE_HAZARD, CAUSE_PORT, CAUSE_BANK, CAUSE_SLOT = range(6)

@@ -39,6 +39,7 @@ from pagoda.sim.layout import (
     ENTRIES,
     ENTRY_WORDS,
     IN_FLIGHT,
+    INDEX_BIT,
     LAST_FINISH,
     LAST_START,
     NEVER,
@@ -46,10 +47,12 @@ from pagoda.sim.layout import (
     PERIOD_DENOMINATOR,
     PERIOD_NUMERATOR,
     PORT_FREE,
+    RESULTS_FREE,
     STORE,
     TRACE_AT,
     TRACE_WORDS,
     TRACING,
+    VECTOR,
     WINDOW,
 )
 
@@ -87,6 +90,16 @@ def _bank_free(st, e):
 
 
 @jit
+def _engine_free(st, e):
+    """First cycle in which the engine takes `e`; the vector engine's results stay in order."""
+    engine = st[e + E_ENGINE]
+    free = st[ENGINE_FREE + engine]
+    if engine == VECTOR:
+        free = max(free, st[RESULTS_FREE] - st[e + E_TAIL])
+    return free
+
+
+@jit
 def start_next(st, until):
     """Start the next command if that happens in cycle `until` or before; whether it did."""
     best = NEVER
@@ -102,7 +115,7 @@ def start_next(st, until):
         if st[e + E_WAITS] != 0:
             continue
         cycle = max(earliest, st[e + E_ENTRY] + 2)
-        cycle = max(cycle, max(st[ENGINE_FREE + engine], st[e + E_HAZARD_FREE]))
+        cycle = max(cycle, max(_engine_free(st, e), st[e + E_HAZARD_FREE]))
         if engine <= STORE:
             cycle = max(cycle, st[PORT_FREE])
         if cycle >= best or cycle > until:
@@ -123,7 +136,7 @@ def _start(st, position, cycle):
     engine = st[e + E_ENGINE]
     if cycle == st[e + E_ENTRY] + 2:
         cause = CAUSE_ENTRY
-    elif cycle == st[ENGINE_FREE + engine]:
+    elif cycle == _engine_free(st, e):
         cause = CAUSE_ENGINE
     elif cycle == st[e + E_HAZARD_FREE]:
         cause = CAUSE_HAZARD
@@ -146,6 +159,8 @@ def _start(st, position, cycle):
     st[BUSY + engine] += occupancy
     if engine <= STORE:
         st[PORT_FREE] = free
+    if engine == VECTOR:
+        st[RESULTS_FREE] = finish
     st[LAST_START] = cycle
     st[LAST_FINISH] = max(st[LAST_FINISH], finish)
     bit = 1 << st[ORDER + position]
@@ -203,8 +218,8 @@ def _conflict(st, x, y):
     """Whether the older entry x and the younger y may not run at the same time."""
     xr, xw = st[x + E_READ_BANKS], st[x + E_WRITE_BANKS]
     yr, yw = st[y + E_READ_BANKS], st[y + E_WRITE_BANKS]
-    if (xw & (yr | yw)) | (xr & yw) == 0:  # no bank in common, and not both in DRAM
-        return False
+    if (xw & (yr | yw)) | (xr & yw) == 0 and (xr | yr) & INDEX_BIT == 0:
+        return False  # no bank in common, and not both in DRAM
     x_first, x_last = st[x + E_WRITE_FIRST], st[x + E_WRITE_LAST]
     y_first, y_last = st[y + E_WRITE_FIRST], st[y + E_WRITE_LAST]
     if x_first <= y_last and y_first <= x_last:
