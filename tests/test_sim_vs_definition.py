@@ -151,6 +151,21 @@ def test_vector_functions_on_awkward_numbers(code):
     assert compare(TINY, [CommandProgram(launch, image, ())]) is None
 
 
+def test_the_first_saturated_int64_counts_whichever_thread_finds_it():
+    """A long load is the helper's, a short one behind it is done at once by the core's thread."""
+    assembler = Assembler()
+    line = dict(mem=DType.I64, local=DType.I32, slot=0, offset=0, rows=1, planes=1,
+                mem_row_stride=0, row_stride=0)  # fmt: skip
+    for _ in range(6):  # enough to keep the helper busy
+        assembler.command("load", address=0, cols=2000, **line)
+    assembler.command("load", address=32768, cols=1, **line)
+    assembler.control("exit")
+    image = (1 << 40).to_bytes(8, "little") * 2000
+    launch = Launch(assembler.program(), slots=(Slot(0, len(image)),))
+    again = [CommandProgram(launch, image, ())] * 20
+    assert compare(TINY, again, threads=2) is FaultKind.INT64_OVERFLOW
+
+
 @settings(deadline=None)
 @given(
     st.fractions(Fraction(1, 1000), 65536, max_denominator=1000), st.sampled_from([1, 32, 256]),

@@ -52,7 +52,11 @@ class Helper:
 
     def merge(self) -> None:
         """Tell the core what the thread found; the core has waited as above."""
-        if self._state[at.HELPED] and self._state[at.OVERFLOW_PC] < 0:
+        if not self._state[at.HELPED] or self._own[at.OVERFLOW_PC] < 0:
+            return
+        # A short load of the core's own may be younger than what the thread was still to do.
+        command = self._own[at.OVERFLOW_COMMAND]
+        if self._state[at.OVERFLOW_PC] < 0 or command < self._state[at.OVERFLOW_COMMAND]:
             for word in (at.OVERFLOW_PC, at.OVERFLOW_COMMAND):
                 self._state[word] = self._own[word]
 
