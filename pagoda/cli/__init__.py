@@ -20,6 +20,7 @@ COMMANDS = {
     "chips": "List the preset chips, or describe one.",
     "dump": "Show a kernel at every compiler stage.",
     "isa": "Print the instruction set manual, or disassemble words.",
+    "rtl": "Write a chip's Verilog.",
     "run": "Run a kernel of the library on given sizes and check its result.",
 }
 

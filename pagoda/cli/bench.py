@@ -6,6 +6,7 @@ import click
 
 BENCHMARKS = {
     "gemm": "Matrix products: array utilisation, simulation speed.",
+    "rtl": "The RTL against the simulator: bits, cycles, speed.",
     "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",
 }
 

@@ -1,11 +1,14 @@
 """The exceptions whose message is meant for the user as it stands."""
 
+from pagoda.chip.tools import ToolError
 from pagoda.compiler.errors import CompileError, Unsupported
 from pagoda.isa.chip import ChipError
 from pagoda.llm import ModelError
 from pagoda.runtime import DeviceFault, OutOfDeviceMemory
 
-USER_ERRORS = (ChipError, CompileError, ModelError, DeviceFault, OutOfDeviceMemory, Unsupported)
+USER_ERRORS = (
+    ChipError, CompileError, ModelError, DeviceFault, OutOfDeviceMemory, ToolError, Unsupported,
+)  # fmt: skip
 
 
 def user_error(error: BaseException) -> BaseException | None:

