@@ -124,8 +124,8 @@ def load(
 ) -> Duration:
     """load and gather; `rows` DRAM rows. Without atoms everything is padding.
 
-    local: cycles of the rows that hold data; padding: of the other rows, which are written first;
-    right: of the zeros behind the last row's data.
+    local: cycles of the rows that hold data; padding: of the other rows, for which the port has
+    time while data is on its way; right: of the zeros behind the last row's data.
     """
     tail = chip.dram_latency + 8 + dram_slot_cycle(chip, 1)
     if atoms == 0:
