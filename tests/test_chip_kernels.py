@@ -21,7 +21,7 @@ from pagoda.pytorch.chip import use_device
 from pagoda.runtime import Device
 from pagoda.sim import Simulator
 
-CHIP = replace(PRESETS["tiny"], dram_bytes=16 * MIB)
+CHIP = replace(PRESETS["tiny"], dram_bytes=MIB)
 MANY_CORES = {
     cores: replace(CHIP, name=f"tiny x {cores}", cores=cores, dram_bytes_per_cycle=16 * cores)
     for cores in (2, 4)
@@ -84,7 +84,6 @@ def test_kernels_on_several_cores(cores):
         assert run.verdict.wrong == 0
 
 
-@pytest.mark.slow
 def test_a_decoder_layer(twins):
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,

@@ -195,7 +195,7 @@ class Describe(wiring.Component):
         late = dram_slot_cycle(chip, 1)
         tails = {
             "load": chip.dram_latency + 8 + late, "store": 12 + late,
-            "matmul": chip.psum_latency + 4, "reduce": 8, "finish": 32, "transpose": 4, "iota": 4,
+            "matmul": chip.psum_latency + 4, "reduce": 8, "finish": 8, "transpose": 4, "iota": 4,
         }  # fmt: skip
         tails |= {"gather": tails["load"], "scatter": tails["store"]}
         first, second = _latency(self.functions[:8]), _latency(self.functions[8:])

@@ -8,8 +8,8 @@ the first cycle of a slot, indices in the second.
 
 What is left goes through a tree over the lanes (`pagoda.chip.row_state`), which works beside the
 slots of the next rows and up to 24 cycles longer than those of the last one. Meanwhile the lanes
-take no other `finish`, and no command may expect results of this one to come later: the part of
-`timing.finish` that does not depend on the rows keeps the engine for that long.
+take no other `finish`: the part of `timing.finish` that does not depend on the rows keeps the
+engine for that long.
 """
 
 from __future__ import annotations

@@ -45,18 +45,19 @@ class TransposeArray(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         end = self.lanes - 1
-        cells = [
-            [Signal(32, name=f"cell_{row}_{col}", reset_less=True) for col in range(self.lanes)]
+        rows = [
+            Signal(32 * self.lanes, name=f"row_{row}", reset_less=True)
             for row in range(self.lanes)
         ]
         enter = lanes_of(self.enter)
         with m.If(self.shift):
             for row in range(self.lanes):
-                for col in range(self.lanes):
-                    above = enter[col] if row == 0 else cells[row - 1][col]
-                    right = enter[end - row] if col == end else cells[row][col + 1]
-                    m.d.sync += cells[row][col].eq(Mux(self.left, right, above))
-        leaving = [Mux(self.left, cells[end - i][0], cells[end][i]) for i in range(end + 1)]
+                down = rows[row - 1] if row else self.enter
+                left = Cat(rows[row][32:], enter[end - row])
+                m.d.sync += rows[row].eq(Mux(self.left, left, down))
+        leaving = [
+            Mux(self.left, rows[end - i][:32], lane) for i, lane in enumerate(lanes_of(rows[end]))
+        ]
         m.d.comb += self.leave.eq(packed(leaving, self.code))
         return m
 

@@ -192,8 +192,9 @@ def reduce_columns(chip: Chip, rows: int, cols: int) -> Duration:
 
 
 def finish(chip: Chip, rows: int) -> Duration:
-    """The tree that folds 64 lanes, once a row."""
-    return Duration(rows * 2 * ceil_div(LANES, min(chip.lanes, LANES)), 32)
+    """The tree that folds 64 lanes, once a row; the adders are free when the last row is through
+    its levels."""
+    return Duration(rows * 2 * ceil_div(LANES, min(chip.lanes, LANES)) + 24, 8)
 
 
 def transpose(chip: Chip, rows: int, cols: int) -> Duration:

@@ -87,7 +87,7 @@ EXAMPLES = (
              rows=2, cols=100, argmax=True),
     _example("tiny", "reduce_columns", "5 * max(ceil(6 / 4), 4) + 2 * ceil(6 / 4)", (24, 8),
              rows=5, cols=6),
-    _example("tiny", "finish", "3 * 2 * ceil(64 / 4)", (96, 32), rows=3),
+    _example("tiny", "finish", "3 * 2 * ceil(64 / 4) + 24", (120, 8), rows=3),
     _example("tiny", "transpose", "ceil(9 / 4) * ceil(6 / 4) * 4 + 4", (28, 4), rows=9, cols=6),
     _example("tiny", "iota", "3 * ceil(10 / 4)", (9, 4), rows=3, cols=10),
 )  # fmt: skip

@@ -618,8 +618,8 @@ def _prepare_finish(st, e):
         return fail(st, BAD_FIELD, details.OVERLAP, state, 0)
     _read_local(st, e, state, extent)
     _write_local(st, e, target, target_extent)
-    st[e + E_OCCUPANCY] = rows * 2 * ceil_div(STATE_LANES, min(st[LANES], STATE_LANES))
-    st[e + E_TAIL] = 32
+    st[e + E_OCCUPANCY] = rows * 2 * ceil_div(STATE_LANES, min(st[LANES], STATE_LANES)) + 24
+    st[e + E_TAIL] = 8
     return READY
 
 
