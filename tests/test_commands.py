@@ -212,7 +212,8 @@ def test_a_fault_says_slot_and_offset():
 def test_indices():
     touched = checked("gather")
     known = check_indices(touched, (0, 255, 7), SLOTS)
-    assert known.ranges(0)[0] == [Range(DRAM, 0, 4095)]
+    assert known.ranges(0)[0] == [known.indices.hull, Range(DRAM, 0, 4095)]
+    assert known.ports(TINY)[0] == 0  # indices are read beside the ports
     assert known.dram.atoms() == 3
     for index in (256, -1):
         with pytest.raises(FaultRaised) as raised:
