@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from command_programs import PORT, VALUE, Assembler, programs
 from hypothesis import given, settings
 
@@ -373,16 +372,6 @@ def test_checking_mode_finds_a_race_and_a_barrier_ends_it():
 
 
 # Machine. -----------------------------------------------------------------------------------------
-
-
-def test_the_machine_refuses_what_does_not_fit():
-    machine, program = Definition(TINY), Assembler()
-    with pytest.raises(ValueError, match=r"^launch of 'commands': 1048640 as end of a slot: chip "):
-        machine.start(launch(program, slots=(Slot(64, 1 << 20),)))
-    with pytest.raises(ValueError, match=r"^DRAM: 8 bytes at 0xffffc: chip tiny has 1048576 bytes"):
-        machine.read((1 << 20) - 4, 8)
-    with pytest.raises(ValueError, match=r"^wait: no launch was started; call start first$"):
-        machine.wait()
 
 
 @settings(max_examples=50)

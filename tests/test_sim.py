@@ -271,15 +271,7 @@ def test_a_big_chip_costs_no_memory():
         simulator.read((64 << 30) - 2, 4)
 
 
-def test_misuse_is_refused():
-    simulator = Simulator(SMALL)
-    with pytest.raises(ValueError, match="no launch was started"):
-        simulator.wait()
-    with pytest.raises(ValueError, match="as end of a slot: chip tiny has room for 1048576"):
-        simulator.start(Launch(vector_program(), slots=(Slot(1 << 20, 64),)))
-    simulator.start(Launch(vector_program()))
-    with pytest.raises(ValueError, match="wait first"):
-        simulator.start(Launch(vector_program()))
+def test_threads_are_at_least_one():
     with pytest.raises(ValueError, match="threads = 0: must be 1 or more"):
         Simulator(SMALL, threads=0)
 

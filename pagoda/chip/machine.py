@@ -20,7 +20,7 @@ from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 from pagoda.isa.commands import BY_BANK, decode
 from pagoda.isa.fault import Fault, FaultKind
 from pagoda.isa.machine import ENGINES as ENGINE_NAMES
-from pagoda.isa.machine import TRACE_DTYPE, Counters, Result
+from pagoda.isa.machine import TRACE_DTYPE, Counters, MachineBase, Result
 from pagoda.isa.program import Launch
 
 SLICE_CLOCKS = 20_000  # between two looks at Ctrl-C
@@ -57,7 +57,7 @@ class Wave:
     last: int
 
 
-class RtlMachine:
+class RtlMachine(MachineBase):
     """A `Machine` made of gates: slow, and the proof that the contract can be built.
 
     wave: dump these cycles of the first launch that reaches them.
@@ -70,15 +70,13 @@ class RtlMachine:
         self, chip: Chip, *, trace: bool = False, wave: Wave | None = None, optimise: str = "-O1"
     ):
         check_buildable(chip)
-        self.chip, self.tracing = chip, trace
-        self.dram = np.zeros(chip.dram_bytes, np.uint8)
+        super().__init__(chip, np.zeros(chip.dram_bytes, np.uint8), trace)
         bench = Path(__file__).parent / "bench.cpp"
         source = Source(lambda: PagodaChip(chip), _identity(chip))
         self._model = Model(source, "pagoda_chip", optimise, bench, wave is not None)
         self._library = self._model.library
         self._world = self._make_world()
         self._resident = ""
-        self._launch: Launch | None = None
         self._wave = wave
         self.clocks = 0  # of all launches, frozen ones too
 
@@ -110,51 +108,9 @@ class RtlMachine:
             )
         )  # fmt: skip
 
-    def read(self, address: int, nbytes: int) -> bytes:
-        """Bytes of DRAM. Raises ValueError outside of it."""
-        self._within_dram(address, nbytes)
-        return self.dram[address : address + nbytes].tobytes()
-
-    def write(self, address: int, data: bytes) -> None:
-        """Change bytes of DRAM. Raises ValueError outside of it."""
-        self._within_dram(address, len(data))
-        self.dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
-
-    def _within_dram(self, address: int, nbytes: int) -> None:
-        if address < 0 or address + nbytes > len(self.dram):
-            raise ValueError(
-                f"DRAM: {nbytes} bytes at {address:#x}: chip {self.chip.name} has "
-                f"{len(self.dram)} bytes; stay below that"
-            )
-
-    def start(self, launch: Launch) -> None:
-        """Accept a launch. Raises ValueError if it cannot fit the chip or another one runs."""
-        if self._launch is not None:
-            raise ValueError(
-                f"launch of {launch.program.name!r}: the last one is unfinished; wait first"
-            )
-        self._check(launch)
-        self._launch = launch
-
-    def _check(self, launch: Launch) -> None:
-        program = launch.program
-        for what, needed, available in (
-            ("bytes of code", len(program.code), self.chip.imem_bytes),
-            ("bytes of arguments", 4 * len(launch.args), self.chip.dmem_bytes),
-            ("as end of a slot", max([s.base + s.size for s in launch.slots], default=0),
-             self.chip.dram_bytes),
-        ):  # fmt: skip
-            if needed > available:
-                raise ValueError(
-                    f"launch of {program.name!r}: {needed} {what}: chip {self.chip.name} has room "
-                    f"for {available}; split the program or choose a larger chip"
-                )
-
     def wait(self) -> Result:
         """Run the accepted launch to its end."""
-        launch, self._launch = self._launch, None
-        if launch is None:
-            raise ValueError("wait: no launch was started; call start first")
+        launch = self._accepted()
         resident = launch.program.digest == self._resident
         self._load(launch, resident)
         self._resident = launch.program.digest

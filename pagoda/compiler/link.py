@@ -142,7 +142,9 @@ def link(name: str, kernels: Sequence[tuple[str, Blob]], chip: Chip) -> LinkedPr
             f"chip {chip.name} has {chip.dmem_bytes}",
             "use a chip with more DMEM",
         )
-    image = Program(name, bytes(code), 0, LAUNCH_ARGUMENTS * 4, tuple(lines))
+    image = Program(
+        name, bytes(code), 0, LAUNCH_ARGUMENTS * 4, tuple(lines), chip=chip
+    )
     return LinkedProgram(image, tuple(entries))
 
 

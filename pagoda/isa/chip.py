@@ -16,6 +16,10 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MATRIX_TYPES = ("bf16", "int8")
 SLOTS = 64
 DRAM_ATOM_BYTES = 64
+CODE_FIELDS = (
+    "cores", "rows", "cols", "matrix_types", "lanes", "sram_bytes", "acc_bytes", "imem_bytes",
+    "dmem_bytes", "sram_banks", "acc_banks",
+)  # fmt: skip
 
 
 class ChipError(ValueError):
@@ -138,6 +142,11 @@ class Chip:
     def bank_bytes(self, memory: str) -> int:
         """Bytes of one bank of `memory`, "sram" or "acc"."""
         return getattr(self, f"{memory}_bytes") // getattr(self, f"{memory}_banks")
+
+    def code_differences(self, other: "Chip") -> list[str]:
+        """The fields by which code built for `other` may not fit this chip: what it has to respect,
+        not what only makes it faster or slower."""
+        return [name for name in CODE_FIELDS if getattr(self, name) != getattr(other, name)]
 
     @property
     def port_bytes(self) -> int:

@@ -15,61 +15,21 @@ from pagoda.isa import timing
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 from pagoda.isa.core import Core
 from pagoda.isa.fault import Fault, FaultKind
-from pagoda.isa.machine import CAUSES, ENGINES, TRACE_DTYPE, Counters, Result
-from pagoda.isa.program import Launch
+from pagoda.isa.machine import CAUSES, ENGINES, TRACE_DTYPE, Counters, MachineBase, Result
 
 
-class Definition:
+class Definition(MachineBase):
     """A `Machine`. trace: keep every command's cycles; checking: fault on RACE, UNINITIALISED."""
 
     def __init__(self, chip: Chip, *, trace: bool = False, checking: bool = False):
-        self.chip = chip
-        self.dram = np.zeros(chip.dram_bytes, np.uint8)
-        self.tracing, self._checking = trace, checking
+        super().__init__(chip, np.zeros(chip.dram_bytes, np.uint8), trace)
+        self._checking = checking
         self._cores = [Core(chip, number, self.dram, checking) for number in range(chip.cores)]
         self._resident = ""
-        self._launch: Launch | None = None
-
-    def read(self, address: int, nbytes: int) -> bytes:
-        """Bytes of DRAM. Raises ValueError outside of it."""
-        self._within_dram(address, nbytes)
-        return self.dram[address : address + nbytes].tobytes()
-
-    def write(self, address: int, data: bytes) -> None:
-        """Change bytes of DRAM. Raises ValueError outside of it."""
-        self._within_dram(address, len(data))
-        self.dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
-
-    def _within_dram(self, address: int, nbytes: int) -> None:
-        if address < 0 or address + nbytes > len(self.dram):
-            raise ValueError(
-                f"DRAM: {nbytes} bytes at {address:#x}: chip {self.chip.name} has "
-                f"{len(self.dram)} bytes; stay below that"
-            )
-
-    def start(self, launch: Launch) -> None:
-        """Accept a launch. Raises ValueError if it cannot fit the chip or another one runs."""
-        program = launch.program
-        if self._launch is not None:
-            raise ValueError(f"launch of {program.name!r}: the last one is unfinished; wait first")
-        for what, needed, available in (
-            ("bytes of code", len(program.code), self.chip.imem_bytes),
-            ("bytes of arguments", 4 * len(launch.args), self.chip.dmem_bytes),
-            ("as end of a slot", max([s.base + s.size for s in launch.slots], default=0),
-             self.chip.dram_bytes),
-        ):  # fmt: skip
-            if needed > available:
-                raise ValueError(
-                    f"launch of {program.name!r}: {needed} {what}: chip {self.chip.name} has room "
-                    f"for {available}; split the program or choose a larger chip"
-                )
-        self._launch = launch
 
     def wait(self) -> Result:
         """Run the accepted launch to its end."""
-        launch, self._launch = self._launch, None
-        if launch is None:
-            raise ValueError("wait: no launch was started; call start first")
+        launch = self._accepted()
         program = launch.program
         resident = program.digest == self._resident
         self._resident = program.digest

@@ -1,4 +1,4 @@
-"""What executes launches: the `Machine` protocol and the plain data it returns.
+"""What executes launches: the `Machine` protocol, what all machines share, and what they return.
 
 The definition, the simulator and the RTL are three machines; whoever uses one never asks which.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from pagoda.isa.chip import Chip
 from pagoda.isa.fault import Fault
-from pagoda.isa.program import Launch
+from pagoda.isa.program import CONTRACT_VERSION, Launch
 
 ENGINES = ("load", "store", "matrix", "vector")
 
@@ -85,3 +85,74 @@ class Machine(Protocol):
 
     def wait(self) -> Result:
         """Finish the launch accepted last."""
+
+
+class MachineBase:
+    """What every machine does alike: the host's way to DRAM, and one launch at a time."""
+
+    def __init__(self, chip: Chip, dram: np.ndarray, tracing: bool):
+        self.chip, self.dram, self.tracing = chip, dram, tracing
+        self._launch: Launch | None = None
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """Bytes of DRAM. Raises ValueError outside of it."""
+        self._check_range(address, nbytes)
+        return self.dram[address : address + nbytes].tobytes()
+
+    def write(self, address: int, data: bytes) -> None:
+        """Change bytes of DRAM. Raises ValueError outside of it."""
+        self._check_range(address, len(data))
+        self.dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
+
+    def _check_range(self, address: int, nbytes: int) -> None:
+        if address < 0 or nbytes < 0 or address + nbytes > len(self.dram):
+            raise ValueError(
+                f"DRAM: {nbytes} bytes at {address:#x}: chip {self.chip.name} has "
+                f"{len(self.dram)} bytes; stay below that"
+            )
+
+    def start(self, launch: Launch) -> None:
+        """Accept a launch. Raises ValueError if the chip cannot run it or another one runs."""
+        if self._launch is not None:
+            raise ValueError(
+                f"launch of {launch.program.name!r}: the last one is unfinished; wait first"
+            )
+        check_launch(self.chip, launch)
+        self._launch = launch
+
+    def _accepted(self) -> Launch:
+        """The launch to run now; the next one may be accepted when it is through."""
+        launch, self._launch = self._launch, None
+        if launch is None:
+            raise ValueError("wait: no launch was started; call start first")
+        return launch
+
+
+def check_launch(chip: Chip, launch: Launch) -> None:
+    """Raises ValueError for a program of another contract version or chip, or one too large."""
+    program = launch.program
+    what = f"launch of {program.name!r}"
+    if program.contract_version != CONTRACT_VERSION:
+        raise ValueError(
+            f"{what}: contract version {program.contract_version}: chip {chip.name} follows "
+            f"version {CONTRACT_VERSION}; build the program again with this Pagoda"
+        )
+    differing = [] if program.chip is None else chip.code_differences(program.chip)
+    if differing:
+        field = differing[0]
+        raise ValueError(
+            f"{what}: built for chip {program.chip.name} with {field} = "
+            f"{getattr(program.chip, field)}: chip {chip.name} has {getattr(chip, field)}; "
+            "build the program for this chip"
+        )
+    for needed, quantity, available in (
+        (len(program.code), "bytes of code", chip.imem_bytes),
+        (4 * len(launch.args), "bytes of arguments", chip.dmem_bytes),
+        (max([s.base + s.size for s in launch.slots], default=0), "as end of a slot",
+         chip.dram_bytes),
+    ):  # fmt: skip
+        if needed > available:
+            raise ValueError(
+                f"{what}: {needed} {quantity}: chip {chip.name} has room for {available}; "
+                "split the program or choose a larger chip"
+            )

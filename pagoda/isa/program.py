@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pagoda.isa.chip import DRAM_ATOM_BYTES, SLOTS
+from pagoda.isa.chip import DRAM_ATOM_BYTES, SLOTS, Chip
 
 CONTRACT_VERSION = 0
 MAX_SLOT_BYTES = (1 << 32) - 1
@@ -25,7 +25,7 @@ class Program:
     """An IMEM image, loaded at address 0.
 
     `stack_limit`: a store through the stack pointer below DMEM offset `stack_limit` is a stack
-    overflow. `lines` is sorted by pc.
+    overflow. `lines` is sorted by pc. `chip`: what the code was built for, if it depends on that.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Program:
     stack_limit: int = 0
     lines: tuple[LineEntry, ...] = ()
     contract_version: int = CONTRACT_VERSION
+    chip: Chip | None = None
 
     def __post_init__(self) -> None:
         if len(self.code) % 4 or self.entry % 4 or not 0 <= self.entry <= len(self.code):

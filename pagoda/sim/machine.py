@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pagoda.isa import timing
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 from pagoda.isa.fault import Fault, FaultKind
-from pagoda.isa.machine import TRACE_DTYPE, Counters, Result
+from pagoda.isa.machine import TRACE_DTYPE, Counters, MachineBase, Result
 from pagoda.isa.program import Launch
 from pagoda.sim import layout as at
 from pagoda.sim.checking import LOG_WORDS
@@ -37,7 +37,7 @@ _SLICE_WORK = 50_000_000  # about 50 ms
 WORK_ALONE = 200_000  # launches of less are over before a helper thread has woken
 
 
-class Simulator:
+class Simulator(MachineBase):
     """A `Machine`. trace: keep every command's cycles; checking: fault on RACE, UNINITIALISED.
 
     threads: host threads. The cores of the chip are spread over them; the values of a single core
@@ -50,57 +50,18 @@ class Simulator:
         if threads < 1:
             raise ValueError(f"simulator: threads = {threads}: must be 1 or more; leave it out")
         _require_subnormals()
-        self.chip = chip
-        self.dram = _lazy_memory(chip.dram_bytes)
-        self.tracing, self._checking = trace, checking
+        super().__init__(chip, _lazy_memory(chip.dram_bytes), trace)
+        self._checking = checking
         helped = threads > 1 and chip.cores == 1
         self._cores = [_Core(chip, n, self.dram, checking, helped) for n in range(chip.cores)]
         self._threads = min(threads, chip.cores)
         self._pool: ThreadPoolExecutor | None = None  # when it is first needed
         self._resident = ""
         self._code = np.zeros(0, np.int64)
-        self._launch: Launch | None = None
-
-    def read(self, address: int, nbytes: int) -> bytes:
-        """Bytes of DRAM. Raises ValueError outside of it."""
-        self._within_dram(address, nbytes)
-        return self.dram[address : address + nbytes].tobytes()
-
-    def write(self, address: int, data: bytes) -> None:
-        """Change bytes of DRAM. Raises ValueError outside of it."""
-        self._within_dram(address, len(data))
-        self.dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
-
-    def _within_dram(self, address: int, nbytes: int) -> None:
-        if address < 0 or nbytes < 0 or address + nbytes > len(self.dram):
-            raise ValueError(
-                f"DRAM: {nbytes} bytes at {address:#x}: chip {self.chip.name} has "
-                f"{len(self.dram)} bytes; stay below that"
-            )
-
-    def start(self, launch: Launch) -> None:
-        """Accept a launch. Raises ValueError if it cannot fit the chip or another one runs."""
-        program = launch.program
-        if self._launch is not None:
-            raise ValueError(f"launch of {program.name!r}: the last one is unfinished; wait first")
-        for what, needed, available in (
-            ("bytes of code", len(program.code), self.chip.imem_bytes),
-            ("bytes of arguments", 4 * len(launch.args), self.chip.dmem_bytes),
-            ("as end of a slot", max([s.base + s.size for s in launch.slots], default=0),
-             self.chip.dram_bytes),
-        ):  # fmt: skip
-            if needed > available:
-                raise ValueError(
-                    f"launch of {program.name!r}: {needed} {what}: chip {self.chip.name} has room "
-                    f"for {available}; split the program or choose a larger chip"
-                )
-        self._launch = launch
 
     def wait(self) -> Result:
         """Run the accepted launch to its end. Ctrl-C leaves between two slices of work."""
-        launch, self._launch = self._launch, None
-        if launch is None:
-            raise ValueError("wait: no launch was started; call start first")
+        launch = self._accepted()
         program = launch.program
         resident = program.digest == self._resident
         if not resident:
