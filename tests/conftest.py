@@ -1,8 +1,11 @@
-"""What all tests share: hypothesis without wall-clock limits, and the real weights."""
+"""What all tests share: hypothesis without wall-clock limits, real weights, the command line."""
+
+import sys
 
 import pytest
 from hypothesis import settings
 
+from pagoda import cli
 from pagoda.llm import ModelError, find_weights
 
 # A busy machine must not fail a test.
@@ -17,3 +20,20 @@ def smollm2_path():
         return find_weights()
     except ModelError as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture
+def pagoda(monkeypatch, capsys):
+    """Runs a command line as the `pagoda` script does: (exit code, stdout, stderr)."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pagoda", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as left:
+            code = left.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

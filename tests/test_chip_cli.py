@@ -1,32 +1,18 @@
 """`pagoda rtl` and `pagoda run --machine rtl`: what they write, and what they say to bad input."""
 
 import importlib.util
-import sys
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("amaranth")
-from pagoda import cli
 from pagoda.chip.pagoda_chip import check_buildable
 from pagoda.isa.chip import PRESETS, ChipError
 
 
-@pytest.fixture
-def pagoda(monkeypatch, capsys):
-    """Runs a command line as the `pagoda` script does: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["pagoda", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return call
+def joined(text):
+    """Wrapped lines as one."""
+    return " ".join(text.split())
 
 
 def test_rtl_writes_verilog_with_the_element_once_and_a_map(pagoda, tmp_path):
@@ -51,7 +37,7 @@ def test_rtl_writes_verilog_with_the_element_once_and_a_map(pagoda, tmp_path):
 def test_a_chip_that_the_rtl_cannot_be(pagoda, tmp_path):
     code, _, err = pagoda("rtl", "--chip", "cloud", "-o", str(tmp_path / "out"))
     assert code == 1
-    assert err == (
+    assert joined(err) == (
         "error: chip 'cloud': dram_bytes_per_cycle = 3200 for 32 cores: the RTL moves at most one "
         "64-byte atom a cycle and core; choose at most 2048"
     )
@@ -73,7 +59,7 @@ def test_a_missing_package_is_named(pagoda, monkeypatch, words):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, err = pagoda(*words)
     assert code == 1
-    assert err == (
+    assert joined(err) == (
         "error: amaranth: not installed; run `make setup-chip`, or pip install "
         '"pagoda-stack[chip]"'
     )
@@ -83,8 +69,8 @@ def test_a_folder_that_cannot_be_written(pagoda, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = pagoda("rtl", "--chip", "tiny8", "-o", str(tmp_path / "file" / "out"))
     assert code == 1
-    assert err.startswith(f"Error: {tmp_path / 'file' / 'out'}: cannot be written (")
-    assert err.endswith("; choose another -o")
+    assert joined(err).startswith(f"Error: {tmp_path / 'file' / 'out'}: cannot be written (")
+    assert joined(err).endswith("; choose another -o")
 
 
 @pytest.mark.parametrize(
@@ -100,4 +86,4 @@ def test_a_folder_that_cannot_be_written(pagoda, tmp_path):
 def test_wave_options(pagoda, words, message):
     code, _, err = pagoda("run", "softmax", "--chip", "tiny", *words)
     assert code == 2
-    assert err.endswith(message)
+    assert joined(err).endswith(message)

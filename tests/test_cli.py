@@ -43,23 +43,6 @@ built = scale.build(y=layout, x=layout, w=None, ROWS=4, COLS=64)
 
 
 @pytest.fixture
-def pagoda(monkeypatch, capsys):
-    """Runs a command line as the `pagoda` script does: (exit code, stdout, stderr)."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pagoda", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
 def kernel_file(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(KERNELS)
     monkeypatch.chdir(tmp_path)

