@@ -220,6 +220,11 @@ def test_no_path_between_registers():
     with pytest.raises(ToolError) as caught:
         synthesis.critical_path("No paths found.")
     assert str(caught.value) == "sta: reported no path between registers: No paths found."
+    with pytest.raises(ToolError) as caught:
+        synthesis.critical_path(f"Error: netlist.v, line 7 syntax error\n{TIMING}")
+    assert str(caught.value) == (
+        "sta: netlist.v, line 7 syntax error; report this chip"
+    )
 
 
 def test_placed_and_routed_clock():

@@ -126,9 +126,20 @@ def area_library(folder: Path) -> str:
     return _library("sky130_fd_sc_hd_area", cells)
 
 
+# Where OpenSTA takes a signal to have arrived; it refuses a library that does not say.
+_THRESHOLDS = {
+    "input_threshold_pct": 50, "output_threshold_pct": 50, "slew_lower_threshold_pct": 20,
+    "slew_upper_threshold_pct": 80,
+}  # fmt: skip
+
+
 def _library(name: str, cells: list[str]) -> str:
     head = 'delay_model : table_lookup; time_unit : "1ns"; capacitive_load_unit (1, pf);'
-    return "\n".join([f"library ({name}) {{", f"  {head}", *cells, "}", ""])
+    thresholds = "".join(
+        f"  {kind}_{edge} : {percent};\n"
+        for kind, percent in _THRESHOLDS.items() for edge in ("rise", "fall")
+    )  # fmt: skip
+    return "\n".join([f"library ({name}) {{", f"  {head}", thresholds, *cells, "}", ""])
 
 
 def _cell(macro: LefMacro, function: str | None) -> str:

@@ -46,6 +46,7 @@ UNITS: dict[str, Callable[[Chip], wiring.Component]] = {
     "core": lambda chip: Core(chip, 0, black_box=True),
     "chip": lambda chip: AxiChip(chip, black_box=True),
 }
+IDEAL_NETS = {"chip": ("chip/enable",)}
 _WITH_ARRAY = ("array", "matrix", "core", "chip")
 MACRO_BITS = 2048  # from this size on a memory is a macro; smaller ones are flip-flops
 ELEMENTS_LIMIT = 1024  # of all arrays; more take hours
@@ -53,12 +54,15 @@ ELEMENTS_LIMIT = 1024  # of all arrays; more take hours
 
 @dataclass(frozen=True)
 class Design:
-    """Verilog files by name, the module to synthesise, the memories that are black boxes."""
+    """Verilog files by name, the module to synthesise, the memories that are black boxes.
+
+    ideal_nets: those that reach every flip-flop, as a clock does, and are not timed."""
 
     top: str
     files: dict[str, str]
     macros: dict[str, Macro]  # module name -> its shape
     memories: tuple[Memory, ...]
+    ideal_nets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def design_of(chip: Chip, unit: str, *, macros: bool, few_pins: bool = False) ->
     }
     if found:
         files["memories.v"] = "".join(macro.verilog() for macro in found.values())
-    return Design(top, files, found, tuple(memories))
+    return Design(top, files, found, tuple(memories), IDEAL_NETS.get(unit, ()))
 
 
 def _ports(component: wiring.Component) -> dict[str, tuple[Value, PortDirection]]:

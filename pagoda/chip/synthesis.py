@@ -84,12 +84,18 @@ def synthesise(chip: Chip, unit: str, target: str, folder: Path, seconds: float)
     _check_mapped(modules, set(cells) | set(design.macros))
     hierarchy = Hierarchy(modules, design.top, amounts)
     path = _time(sta, design, liberty, folder, deadline) if sta else None
-    notes = () if sta else ("the library has no delays: no clock, no critical path",)
+    notes = [] if sta else ["the library has no delays: no clock, no critical path"]
+    if sta and unit not in ("pe", "array"):
+        notes.append("nets between modules have no buffers: those that reach many cells look slow")
+    if sta and design.ideal_nets:
+        notes.append("the clock enable, which stops the chip, takes no time; gate the clock")
+    if design.memories:
+        notes.append(MACRO_NOTE)
     return Synthesis(
         chip=chip.name, unit=unit, target=target, origin=Origin(tools, library, node, NO_WIRES),
         main=AREA, totals=hierarchy.totals(), units=hierarchy.units(AREA), limits={},
         memories=design.memories, clock_mhz=round(1000 / path.ns, 1) if path else None,
-        critical_path=path, notes=(*notes, MACRO_NOTE) if design.memories else notes,
+        critical_path=path, notes=tuple(notes),
         seconds=round(time.monotonic() - began, 1),
     )  # fmt: skip
 
@@ -118,7 +124,7 @@ def _script(design: Design, liberty: Path, abc: str) -> str:
         f"abc -liberty {liberty}{delay} -script +{abc}",
         "opt_clean -purge",
         "tee -q -o cells.txt stat",
-        "write_verilog -noattr -noexpr netlist.v",
+        "write_verilog -noattr -noexpr -simple-lhs netlist.v",
         "",
     ])  # fmt: skip
 
@@ -146,6 +152,7 @@ def _time(
         "read_verilog netlist.v",
         f"link_design {design.top}",
         f"create_clock -name clk -period {PERIOD_NS} [get_ports clk]",
+        *(f"set_false_path -through [get_nets {net}]" for net in design.ideal_nets),
         "report_checks -path_delay max -digits 4",
         "",
     ]))  # fmt: skip
@@ -157,8 +164,11 @@ def _time(
 def critical_path(report: str) -> CriticalPath:
     """The path in the output of OpenSTA's `report_checks` for the period PERIOD_NS.
 
-    Raises ToolError: there is none.
+    Raises ToolError: there is none, or OpenSTA could not read all; it goes on then.
     """
+    wrong = re.search(r"^Error: .*", report, re.MULTILINE)
+    if wrong:
+        raise ToolError(f"sta: {wrong[0].removeprefix('Error: ')}; report this chip")
     ends = {
         key: re.search(rf"^{key}: (\S+)", report, re.MULTILINE)
         for key in ("Startpoint", "Endpoint")
