@@ -13,7 +13,7 @@ from test_commands import SLOTS as CHECKED_SLOTS
 
 from pagoda.chip.command_port import CommandPort
 from pagoda.chip.interfaces import Description, Fault, Job
-from pagoda.chip.products import SETTLED_STEP, TARGET, schedule
+from pagoda.chip.product_schedule import SETTLED_STEP, TARGET, schedule
 from pagoda.chip.verilate import Model
 from pagoda.isa import COMMANDS, PRESETS, Slot
 from pagoda.isa.access import bank_mask, operands_per_bank
@@ -63,6 +63,8 @@ class Bench:
         self.issue_cycle = -STORE_CYCLES
         self.slots = SLOTS
         self.reads = []  # (cycle, address) of every side read
+        self.offered = 0  # the last cycle in which a store was offered
+        self.noise = random.Random("noise")
 
     def begin(self):
         """A new launch; fields and products stay."""
@@ -75,10 +77,16 @@ class Bench:
         for _ in range(STORE_CYCLES):
             self.step()
 
-    def step(self, busy=0):
-        """One cycle with the inputs as they are; the outputs are kept in `seen`."""
+    def step(self, busy=0, coming=False):
+        """One cycle with the inputs as they are. coming: the next store is already on the bus."""
         model = self.model
         model["cycle"] = self.cycle
+        if model["store__valid"]:
+            self.offered = self.cycle
+        # Another instruction's operands, and then its address.
+        for port, bits, kept in (("value", 32, 2), ("pc", 32, 2), ("bank", 4, 3), ("word", 4, 3)):
+            if self.cycle > self.offered + kept and not coming:
+                model[f"store__{port}"] = self.noise.getrandbits(bits)
         model.settle()
         number = model["slots__slot"]
         slot = self.slots[number] if number < len(self.slots) else None
@@ -103,13 +111,20 @@ class Bench:
         self.cycle += 1
 
     def offer(self, bank, word, value, pc=0):
-        while self.cycle < self.issue_cycle + STORE_CYCLES:
-            self.step()
+        """Offer a store as soon as the control core can; it is on the bus one cycle before."""
+        for now in range(self.cycle, earliest := self.earliest):
+            if coming := now + 1 == earliest:
+                for port, driven in (("bank", bank), ("word", word), ("value", value), ("pc", pc)):
+                    self.model[f"store__{port}"] = driven
+            self.step(coming=coming)
             assert not self.enter and not self.fault
         self.issue_cycle = self.cycle
-        for port, driven in (("bank", bank), ("word", word), ("value", value), ("pc", pc)):
-            self.model[f"store__{port}"] = driven
         self.model["store__valid"] = 1
+
+    @property
+    def earliest(self):
+        """The first cycle in which the next store can be offered."""
+        return max(self.cycle + 1, self.issue_cycle + STORE_CYCLES)
 
     def set_field(self, bank, word, value):
         self.offer(bank, word, value)
@@ -399,7 +414,7 @@ def issue(bench, commands, command):
     expected = expect(bench, command, words, full, busy)
     pc = r.randrange(1 << 14) * 4
     bench.words[bank][0] = 0
-    begin = max(bench.cycle, bench.issue_cycle + STORE_CYCLES)
+    begin = bench.earliest
     outcome = bench.go(bank, words[0], pc, full, busy)
     compare(bench, command, words, pc, outcome, expected, begin)
     bench.index += expected.fault is None
@@ -587,7 +602,7 @@ def issue_fields(bench, name, full=0, busy=0, **fields):
     expected = expect(bench, command, words, full, busy)
     for word in command.words[1:]:
         bench.set_field(command.bank, word, words[word])
-    begin = bench.issue_cycle + STORE_CYCLES
+    begin = bench.earliest
     outcome = bench.go(command.bank, words[0], 4, full, busy)
     compare(bench, command, words, 4, outcome, expected, begin)
     bench.index += expected.fault is None

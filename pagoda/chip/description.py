@@ -1,7 +1,8 @@
 """Hulls, bank masks, bounds and overlaps of a command: the second of two cycles.
 
-`Describe` is combinational, in cycle e + 1, from the `Operands` registered in e. It makes the
-window's `Description` and the faults of steps 3 to 7 of `pagoda.isa.checks` that need hulls.
+`Describe` works in the entry cycle e, from the `Operands` registered before. It makes the faults
+of steps 3 to 7 of `pagoda.isa.checks` that need hulls, and from registers, in e + 1, the window's
+`Description`. Only then the reach of a gather's or scatter's rows in DRAM is known.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.field_registers import BANK
-from pagoda.chip.interfaces import DRAM_ADDRESS_BITS, LOAD, MATRIX, STORE, VECTOR, Description
-from pagoda.chip.operands import Operands
-from pagoda.chip.products import clip, local_bits
+from pagoda.chip.interfaces import (
+    DRAM_ADDRESS_BITS,
+    LOAD,
+    MATRIX,
+    STORE,
+    VECTOR,
+    Description,
+    Range,
+)
+from pagoda.chip.operands import OFFSET_BITS, Operands
+from pagoda.chip.products import local_bits
 from pagoda.isa.access import ACC, DRAM, SRAM
 from pagoda.isa.chip import Chip
 from pagoda.isa.commands import COMMANDS
@@ -25,13 +34,13 @@ REACH_BITS = 36  # of a distance in DRAM that decides a fault, signed
 
 
 class Breaches(data.StructLayout):
-    """Which rules are broken, in the order of the checks; `index`: of gather and scatter, once
-    the products of the extreme indices are there."""
+    """Which rules are broken, in the order of the checks; of `out_of_range` and `bad_operand` the
+    parts that take longest to work out are apart."""
 
     def __init__(self):
         super().__init__(dict.fromkeys(
             ("rows_overlap", "no_slot", "no_permission", "out_of_slot", "out_of_range",
-             "bad_operand", "index"), 1,
+             "target_out_of_range", "bad_operand", "clash"), 1,
         ))  # fmt: skip
 
 
@@ -43,21 +52,27 @@ class Sharing(data.StructLayout):
 
 
 class Describe(wiring.Component):
-    """`product`: the last thing multiplied, TARGET's if `operands.late`. With `previous` it is the
-    distance of the rows with the largest and the smallest index."""
+    """In e: bank, empty, functions, operands, target (the product TARGET) and breaches.
+
+    In e + 1: description and sharing; `product`, which with `previous` is the distance of the rows
+    with the largest and the smallest index; index_breach: one of these rows leaves the slot.
+    """
 
     def __init__(self, chip: Chip):
         self.chip = chip
         super().__init__({
             "bank": In(4), "empty": In(1), "functions": In(16), "operands": In(Operands(chip)),
-            "product": In(signed(64)), "previous": In(signed(64)),
-            "description": Out(Description(chip)), "breaches": Out(Breaches()),
-            "sharing": Out(Sharing()),
+            "target": In(local_bits(chip) + 1), "breaches": Out(Breaches()),
+            "product": In(signed(64)), "previous": In(signed(64)), "index_breach": Out(1),
+            "description": Out(Description(chip)), "sharing": Out(Sharing()),
         })  # fmt: skip
 
     def elaborate(self, platform) -> Module:
         m = Module()
+        # The local ranges of two places of the description that a range in DRAM may take.
+        self._third, self._written = Signal(Range()), Signal(Range())
         self._local(m)
+        self._dram(m)
         self._separate(m)
         self._engine(m)
         return m
@@ -71,11 +86,9 @@ class Describe(wiring.Component):
         sizes = {"sram": chip.sram_bytes, "acc": chip.acc_bytes}
         for name in "abcd":
             tile = operands[name]
-            rest = tile.rest
-            if name == "d":
-                rest = Mux(operands.late, clip(self.product.as_unsigned(), bits + 1), tile.rest)
+            rest = Mux(operands.targeted, self.target, 0) if name == "d" else tile.rest
             total = Signal(bits + 4, name=f"{name}_last")
-            m.d.comb += total.eq(tile.reached + tile.row_last + rest)
+            m.d.comb += total.eq(tile.reached + tile.row_bytes + rest)
             last[name] = total[:bits]
             sram, acc = (total[size.bit_length() - 1 :].any() for size in sizes.values())
             outside[name] = tile.valid & Mux(tile.acc, acc, sram)
@@ -89,35 +102,26 @@ class Describe(wiring.Component):
             for number, n in enumerate("abc")
         ]  # fmt: skip
         m.d.comb += [
+            self.breaches.target_out_of_range.eq(outside.pop("d")),
             self.breaches.out_of_range.eq(Cat(outside.values()).any()),
-            self.breaches.bad_operand.eq(Cat(wrong_kind, clash).any()),
+            self.breaches.bad_operand.eq(Cat(wrong_kind).any()),
+            self.breaches.clash.eq(Cat(clash).any()),
         ]
 
-        here, indexed = ~self.empty, operands.indexed
+        here = ~self.empty
         ranges = {n: self._tile_range(operands[n], last[n], here) for n in "abcd"}
-        d_read = operands.d.valid & operands.d_reads
-        dram = self._dram_range(m, here)
-        dram_first = operands.transfer & operands.d.valid  # load, gather: their d takes no read
-        both = here & operands.dram_reads & operands.has_dram
-        m.d.comb += [
-            out.reads[0].eq(Mux(dram_first, dram, ranges["a"])),
-            out.reads[1].eq(ranges["b"]),
-            out.reads[2].eq(Mux(d_read, ranges["d"], Mux(operands.transfer, dram, ranges["c"]))),
-            out.write.eq(Mux(operands.dram_writes, dram, ranges["d"])),
-        ]
-        with m.If(dram_first):
-            m.d.comb += [out.reads[0].valid.eq(both), out.reads[2].valid.eq(0)]
-        with m.Elif(operands.transfer):
-            m.d.comb += out.reads[2].valid.eq(both)
-        index_banks = Mux(indexed, 0, masks["b"])
-        sources = masks["a"] | index_banks | masks["c"]
-        m.d.comb += [
-            out.read_ports.eq(Mux(here, sources | Mux(operands.d_reads, masks["d"], 0), 0)),
-            out.write_ports.eq(Mux(here, masks["d"], 0)),
-        ]
+        third = Mux(operands.d_reads, ranges["d"], ranges["c"])  # of no transfer
+        m.d.sync += [
+            out.reads[0].eq(ranges["a"]), out.reads[1].eq(ranges["b"]),
+            self._third.eq(Mux(operands.transfer, 0, third)),
+            self._written.eq(Mux(operands.dram_writes, 0, ranges["d"])),
+        ]  # fmt: skip
+        sources = masks["a"] | Mux(operands.indexed, 0, masks["b"]) | masks["c"]
         ab, ac, bc = ((masks[x] & masks[y]) for x, y in ("ab", "ac", "bc"))
         pair = (ab | ac | bc).any()
-        m.d.comb += [
+        m.d.sync += [
+            out.read_ports.eq(Mux(here, sources | Mux(operands.d_reads, masks["d"], 0), 0)),
+            out.write_ports.eq(Mux(here, masks["d"], 0)),
             self.sharing.ab.eq(ab.any()), self.sharing.ac.eq(ac.any()),
             self.sharing.bc.eq(bc.any()),
             self.sharing.per_bank.eq(Mux((ab & masks["c"]).any(), 3, Mux(pair, 2, 1))),
@@ -146,34 +150,51 @@ class Describe(wiring.Component):
 
     # DRAM. ----------------------------------------------------------------------------------------
 
-    def _dram_range(self, m: Module, here: Value) -> Value:
-        """Physical hull of the rows in the slot; also finds rows outside the slot."""
-        operands, breaches = self.operands, self.breaches
-        low, high = Signal(signed(64)), Signal(signed(64))
-        with m.If(operands.indexed):
-            m.d.comb += [
-                low.eq(Mux(operands.falling, self.product, self.previous)),
-                high.eq(Mux(operands.falling, self.previous, self.product)),
-            ]
-        first, last = Signal(DRAM_ADDRESS_BITS), Signal(DRAM_ADDRESS_BITS)
+    def _dram(self, m: Module) -> None:
+        """Physical hull of the rows in the slot, and whether they leave the slot."""
+        operands, breaches, out = self.operands, self.breaches, self.description
         row_last = Cat(operands.mem_row_last, C(0, 1)).as_signed()
+        # Of the rows; a gather's or scatter's are farther by the distance of its indices.
+        first, last = Signal(DRAM_ADDRESS_BITS), Signal(DRAM_ADDRESS_BITS)
+        below, beyond = Signal(signed(OFFSET_BITS)), Signal(signed(OFFSET_BITS + 2))
+        next_beyond = Signal.like(beyond)
+        indexed, falling = Signal(), Signal()
+        reads, writes = Signal(), Signal()
+        here = ~self.empty & operands.has_dram
         m.d.comb += [
-            first.eq(operands.base + operands.first + low),
-            last.eq(operands.base + operands.last + row_last + high),
-        ]
-        far = _far(low) | _far(high)
-        below = operands.first + _near(low)
-        beyond = operands.last + row_last + _near(high) - operands.bytes
-        outside = (below < 0) | (beyond >= 0)
-        m.d.comb += [
+            next_beyond.eq(operands.last + row_last - operands.bytes),
             breaches.no_slot.eq(operands.transfer & ~operands.exists),
             breaches.no_permission.eq(operands.transfer & ~operands.permitted),
             breaches.out_of_slot.eq(
-                operands.transfer & ~operands.indexed & operands.has_dram & outside
+                operands.transfer & ~operands.indexed & operands.has_dram
+                & ((operands.first < 0) | (next_beyond >= 0))
             ),
-            breaches.index.eq(far | outside),
-        ]
-        return Cat(here & operands.has_dram, C(DRAM, 2), first, last)
+        ]  # fmt: skip
+        m.d.sync += [
+            first.eq(operands.base + operands.first),
+            last.eq(operands.base + operands.last + row_last),
+            below.eq(operands.first), beyond.eq(next_beyond), indexed.eq(operands.indexed),
+            falling.eq(operands.falling), reads.eq(here & operands.dram_reads),
+            writes.eq(here & operands.dram_writes),
+        ]  # fmt: skip
+
+        low, high = Signal(signed(64)), Signal(signed(64))
+        m.d.comb += [
+            low.eq(Mux(falling, self.product, self.previous)),
+            high.eq(Mux(falling, self.previous, self.product)),
+            self.index_breach.eq(
+                _far(low) | _far(high) | (below + _near(low) < 0) | (beyond + _near(high) >= 0)
+            ),
+        ]  # fmt: skip
+        dram = Cat(
+            (first + Mux(indexed, low, 0))[:DRAM_ADDRESS_BITS],
+            (last + Mux(indexed, high, 0))[:DRAM_ADDRESS_BITS],
+        )
+        for target, local, used in (
+            (out.reads[2], self._third, reads), (out.write, self._written, writes),
+        ):  # fmt: skip
+            mine = Cat(used, C(DRAM, 2) & used.replicate(2), dram & used.replicate(len(dram)))
+            m.d.comb += target.eq(Value.cast(local) | mine)
 
     # The destination's rows. ----------------------------------------------------------------------
 
@@ -195,19 +216,19 @@ class Describe(wiring.Component):
         late = dram_slot_cycle(chip, 1)
         tails = {
             "load": chip.dram_latency + 8 + late, "store": 12 + late,
-            "matmul": chip.psum_latency + 4, "reduce": 8, "finish": 8, "transpose": 4, "iota": 4,
+            "matmul": chip.psum_latency + 4, "reduce": 8, "finish": 8, "transpose": 8, "iota": 8,
         }  # fmt: skip
         tails |= {"gather": tails["load"], "scatter": tails["store"]}
         first, second = _latency(self.functions[:8]), _latency(self.functions[8:])
         with m.Switch(self.bank):
             for name, command in COMMANDS.items():
                 with m.Case(BANK[name]):
-                    m.d.comb += [
+                    m.d.sync += [
                         out.engine.eq(ENGINE[command.engine]),
                         out.tail.eq(4 + first + second if name == "vector" else tails[name]),
                     ]
         with m.If(self.empty):
-            m.d.comb += out.tail.eq(0)
+            m.d.sync += out.tail.eq(0)
 
 
 ENGINE = dict(zip(ENGINES, (LOAD, STORE, MATRIX, VECTOR), strict=True))

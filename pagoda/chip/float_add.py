@@ -7,12 +7,16 @@ from amaranth.lib.wiring import In, Out
 from pagoda.chip.float_format import (
     INFINITY,
     NAN,
+    ROOM_BITS,
     Flow,
+    Normal,
     limit_lines,
-    normalise,
+    places_up,
     register,
     rounded,
+    shift_left,
     shift_right,
+    special_lane,
     unpack,
 )
 
@@ -58,14 +62,22 @@ class FloatAdder(wiring.Component):
         flow.add(frame=total, lines=limit_lines(flow.room, 28))
         flow.step("shift", "high", "low")
 
-        # Cycle 2: normalise.
-        flow.add(value=normalise(m, flow.frame, flow.room, flow.lines, "normal"))
+        # Cycle 2: normalise, but for the last two places.
+        places = places_up(m, flow.frame, flow.lines, "normal")
+        top, below = shift_left(m, flow.frame, Cat(Const(0, 2), places[2:]), 28, "coarse")
+        field = (flow.room - places + 1)[:ROOM_BITS]
+        flow.add(top=top, below=below, places=places[:2], field=field)
         flow.step("frame", "room", "lines")
 
         # Cycle 3: round. x - x is +0.
-        pattern = rounded(m, flow.value, flow.sign, ~flow.subtract, "pattern")
-        infinity = Cat(Const(INFINITY, 31), flow.sign)
-        result = Mux(flow.nan, NAN, Mux(flow.inf, infinity, pattern))
+        normal = Signal(Normal(), name="normal")
+        top, below = shift_left(m, flow.top, flow.places, 25, "fine")
+        m.d.comb += [
+            normal.top.eq(top), normal.below.eq(flow.below | below), normal.field.eq(flow.field),
+        ]  # fmt: skip
+        special = flow.nan | flow.inf
+        constant = special_lane(flow.nan, flow.inf, flow.sign) & special.replicate(32)
+        result = rounded(m, normal, flow.sign, ~flow.subtract, ~special, constant, "pattern")
         m.d.comb += self.sum.eq(register(m, result, "result"))
         return m
 

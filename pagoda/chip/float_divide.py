@@ -8,7 +8,7 @@ result is 1 if R is not below 0. Row i of 26 (i = 0 has weight 1 in a float's re
     square root   R = 2 R - (2 Q + 2^-i), or 2 R + (2 Q + 3 * 2^-i),    Q: the bits so far
 
 The square root keeps 2 Q in D, where bit 26 - i of D is bit i of Q, so that a row adds two bits.
-Integers have 32 bits: their first 6, small remainders all, are worked out in the stage before.
+Integers have 32 bits: the first 6, of small remainders all, are worked out before the rows.
 """
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
@@ -16,26 +16,27 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.float_format import (
-    INFINITY,
-    NAN,
     ROOM_BITS,
     Flow,
     leading_zeros,
     register,
     round_even,
     shift_right,
+    special_lane,
     unpack,
 )
 from pagoda.isa.functions import FUNCTION_CODES
 
 COST = 8
-UNIT_LATENCY = 17
-"""Cycles of one lane: operands, 6 bits of an integer, 13 stages of two rows, two to end."""
+LATENCY = 28
+UNIT_LATENCY = LATENCY - COST - 1
+"""Cycles from a lane's operands to the one at whose end its result comes: four to begin, 13 stages
+of two rows, three to end. It waits until the eighth lane has had its turn."""
 _ROWS, _HEAD, _TABLE_BITS = 26, 6, 3
 _R_BITS = 33
 
 
-class DivideOperation(data.StructLayout):
+class Operation(data.StructLayout):
     """What to do with x and y; without a bit: x / y as floats."""
 
     def __init__(self):
@@ -53,7 +54,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def decode(m: Module, code: Value, name: str) -> data.View:
-    operation = Signal(DivideOperation(), name=name)
+    operation = Signal(Operation(), name=name)
     with m.Switch(code):
         for function, fields in FUNCTIONS.items():
             with m.Case(FUNCTION_CODES[function]):
@@ -79,11 +80,12 @@ class _State(data.StructLayout):
 
 
 class Divider(wiring.Component):
-    """One lane a cycle; `result` is valid UNIT_LATENCY cycles after `x` and `y`."""
+    """One lane a cycle; `result` comes UNIT_LATENCY cycles after `x` and `y`, at the end of its
+    cycle."""
 
     def __init__(self):
         super().__init__({
-            "operation": In(DivideOperation()), "x": In(32), "y": In(32), "result": Out(32),
+            "operation": In(Operation()), "x": In(32), "y": In(32), "result": Out(32),
         })  # fmt: skip
 
     def elaborate(self, platform):
@@ -96,20 +98,32 @@ class Divider(wiring.Component):
         return m
 
     def _start(self, m: Module) -> data.View:
-        """Cycle 0: magnitudes, normalised if floats; specials."""
+        """Cycles 0 to 2: in order; unpack; magnitudes, normalised if floats, specials, and 4 bits
+        of an integer quotient."""
+        flow = Flow(m)
         op = self.operation
-        x, y = Signal(32), Signal(32)
-        m.d.comb += [
-            x.eq(Mux(op.reverse, self.y, self.x)), y.eq(Mux(op.reverse, self.x, self.y)),
-        ]  # fmt: skip
+        flow.add(
+            op=op, x=Mux(op.reverse, self.y, self.x), y=Mux(op.reverse, self.x, self.y)
+        )  # fmt: skip
+        flow.step()
+
+        x, y = flow.x, flow.y
         ux, uy = unpack(m, x, "x_parts"), unpack(m, y, "y_parts")
-        x_top, x_field = self._normalised(m, ux, "x")
-        y_top, y_field = self._normalised(m, uy, "y")
-        integers = []
-        for name, value in (("x", x), ("y", y)):
-            magnitude = Signal(32, name=f"{name}_magnitude")
-            m.d.comb += magnitude.eq((value ^ value[31].replicate(32)) + value[31])
-            integers.append(magnitude)
+        flow.add(
+            ux=ux, uy=uy, x_zeros=leading_zeros(m, ux.significand, "x_zeros"),
+            y_zeros=leading_zeros(m, uy.significand, "y_zeros"),
+            x_magnitude=(x ^ x[31].replicate(32)) + x[31],
+            y_magnitude=(y ^ y[31].replicate(32)) + y[31],
+        )  # fmt: skip
+        flow.step()
+
+        op, x, y, ux, uy = flow.op, flow.x, flow.y, flow.ux, flow.uy
+        x_top, y_top = Signal(24), Signal(24)
+        x_field, y_field = Signal(signed(10)), Signal(signed(10))
+        m.d.comb += [
+            x_top.eq(ux.significand << flow.x_zeros), x_field.eq(ux.field - flow.x_zeros),
+            y_top.eq(uy.significand << flow.y_zeros), y_field.eq(uy.field - flow.y_zeros),
+        ]  # fmt: skip
         state = Signal(_State(), name="start")
         m.d.comb += [
             state.root.eq(op.root), state.integer.eq(op.integer), state.modulo.eq(op.modulo),
@@ -117,7 +131,14 @@ class Divider(wiring.Component):
             state.sign.eq(x[31] ^ (y[31] & ~op.root)),
         ]  # fmt: skip
         with m.If(op.integer):
-            m.d.comb += [state.bits.eq(integers[0]), state.divisor.eq(integers[1])]
+            dividend, divisor = flow.x_magnitude[:32], flow.y_magnitude[:32]
+            quotient, remainder = self._first_bits(m, dividend, divisor)
+            bits = Cat(quotient, dividend[:-_TABLE_BITS])
+            one_row = range(_TABLE_BITS, _TABLE_BITS + 1)
+            remainder, bits = self._restoring(m, remainder, bits, divisor, one_row)
+            m.d.comb += [
+                state.bits.eq(bits), state.divisor.eq(divisor), state.remainder.eq(remainder),
+            ]  # fmt: skip
         with m.Elif(op.root):
             # x = x_top * 2^-23 * 2^(x_field - 127), in units of 2^-25, halved for row 0's doubling.
             odd = ~x_field[0]
@@ -134,32 +155,34 @@ class Divider(wiring.Component):
                 state.nan.eq(ux.nan | uy.nan | (ux.inf & uy.inf) | (ux.zero & uy.zero)),
                 state.inf.eq(ux.inf | uy.zero), state.zero.eq(ux.zero | uy.inf),
             ]  # fmt: skip
-        return register(m, state, "state_1")
+        return register(m, state, "state_start")
 
     @staticmethod
-    def _normalised(m: Module, part: data.View, name: str) -> tuple[Value, Value]:
-        """(significand with bit 23 set, field lowered as much as it was shifted)."""
-        zeros = leading_zeros(m, part.significand, f"{name}_zeros")
-        top, field = Signal(24, name=f"{name}_top"), Signal(signed(10), name=f"{name}_field")
-        m.d.comb += [top.eq(part.significand << zeros), field.eq(part.field - zeros)]
-        return top, field
-
-    def _head(self, m: Module, state: data.View) -> data.View:
-        """Cycle 1: the first 6 bits of an integer quotient, with restoring."""
-        after, large = Signal(_State(), name="head"), Signal()
-        m.d.comb += large.eq(state.divisor[_HEAD:].any())
-        quotient, remainder = self._first_bits(m, state, large)
-        low = state.divisor[:_HEAD]
-        for row in range(_TABLE_BITS, _HEAD):
+    def _restoring(
+        m: Module, remainder: Value, bits: Value, divisor: Value, rows: range
+    ) -> tuple[Value, Value]:
+        """(remainder, bits) after some of an integer's first rows, with restoring."""
+        large, low = Signal(name=f"large_{rows.start}"), divisor[:_HEAD]
+        m.d.comb += large.eq(divisor[_HEAD:].any())
+        for row in rows:
             partial = Signal(row + 1, name=f"head_partial_{row}")
             fits = Signal(name=f"head_fits_{row}")
             rest = Signal(row + 1, name=f"head_rest_{row}")
             m.d.comb += [
-                partial.eq(Cat(state.bits[31 - row], remainder)),
+                partial.eq(Cat(bits[31], remainder)),
                 fits.eq(~large & (partial >= low)),
                 rest.eq(Mux(fits, partial - low, partial)),
             ]
-            remainder, quotient = rest, Cat(fits, quotient)
+            remainder, bits = rest, Cat(fits, bits[:31])
+        return remainder, bits
+
+    def _head(self, m: Module, state: data.View) -> data.View:
+        """Cycle 3: the last of the first 6 bits of an integer quotient; depth of a subnormal."""
+        after = Signal(_State(), name="head")
+        first = _TABLE_BITS + 1
+        remainder, bits = self._restoring(
+            m, state.remainder[:first], state.bits, state.divisor, range(first, _HEAD)
+        )
         depth = Signal(ROOM_BITS + 1)
         m.d.comb += [after.eq(state), depth.eq(1 - state.room)]
         with m.If(state.room < 1):
@@ -167,18 +190,17 @@ class Divider(wiring.Component):
         with m.If(state.integer):
             m.d.comb += [
                 after.remainder.eq(remainder),
-                after.bits.eq(Cat(quotient, state.bits[: 32 - _HEAD])),
+                after.bits.eq(bits),
             ]
-        return register(m, after, "state_2")
+        return register(m, after, "state_head")
 
     @staticmethod
-    def _first_bits(m: Module, state: data.View, large: Value) -> tuple[Value, Value]:
-        """(quotient, remainder) of the first 3 bits of the dividend, as a table."""
-        top, low = state.bits[32 - _TABLE_BITS :], state.divisor[:_TABLE_BITS]
+    def _first_bits(m: Module, x: Value, y: Value) -> tuple[Value, Value]:
+        """(quotient, remainder) of the first 3 bits of x by y, as a table."""
+        top, low = x[-_TABLE_BITS:], y[:_TABLE_BITS]
         quotient, remainder = Signal(_TABLE_BITS), Signal(_TABLE_BITS)
-        small = ~(large | state.divisor[_TABLE_BITS:_HEAD].any())
         m.d.comb += remainder.eq(top)
-        with m.If(small), m.Switch(Cat(low, top)):
+        with m.If(~y[_TABLE_BITS:].any()), m.Switch(Cat(low, top)):
             for dividend in range(1 << _TABLE_BITS):
                 for divisor in range(1 << _TABLE_BITS):
                     with m.Case(dividend << _TABLE_BITS | divisor):
@@ -218,7 +240,7 @@ class Divider(wiring.Component):
         return divisor | added
 
     def _finish(self, m: Module, state: data.View) -> None:
-        # Next to last cycle: the true remainder; the quotient at its place for rounding.
+        # The true remainder; the quotient at its place, but for subnormal results.
         below = state.remainder[_R_BITS - 1]
         remainder = Signal(_R_BITS)
         m.d.comb += remainder.eq(
@@ -231,48 +253,45 @@ class Divider(wiring.Component):
         ]
         # A result below 1 moves up by one place, unless it becomes subnormal thereby.
         up = ~one & ~tiny & (state.room != 1)
-        quotient = Mux(up, state.bits[: _ROWS - 1] << 1, state.bits[:_ROWS])
-        moved, lost = shift_right(m, quotient[:_ROWS], state.right, "denormal")
+        quotient = Mux(up, state.bits[: _ROWS - 1] << 1, state.bits[:_ROWS])[:_ROWS]
         flow = Flow(m)
-        flow.add(state=state, remainder=remainder, field=field, moved=moved, lost=lost)
+        flow.add(state=state, remainder=remainder, field=field, quotient=quotient)
         flow.step()
 
-        # Last cycle: round; or give an integer its sign and round it down.
-        exact, moved, state = Signal(), flow.moved, flow.state
-        m.d.comb += exact.eq(flow.remainder == 0)
+        # Subnormal results go right; what is added to round an integer down.
+        state, inexact, negate = flow.state, Signal(), Signal()
+        moved, lost = shift_right(m, flow.quotient, state.right, "denormal")
+        m.d.comb += [
+            inexact.eq(flow.remainder.any()),
+            negate.eq(state.sign ^ state.y_sign),
+        ]
+        down = state.sign & inexact
+        special = state.nan | state.inf | state.zero
+        flow.add(
+            moved=moved, sticky=lost | inexact, special=special,
+            constant=special_lane(state.nan, state.inf, state.sign) & special.replicate(32),
+            whole=state.bits ^ state.sign.replicate(32), whole_carry=state.sign & ~inexact,
+            rest=flow.remainder[:32] ^ negate.replicate(32), rest_carry=down | negate,
+            addend=(state.divisor ^ (~negate).replicate(32)) & down.replicate(32),
+        )  # fmt: skip
+        flow.step("remainder", "quotient")
+
+        # Round; or give an integer its sign.
+        state, moved, integer = flow.state, flow.moved, Signal(32)
+        m.d.comb += integer.eq(self._integer(flow))
         pattern = round_even(
-            m, moved[2:25], flow.field, moved[1], moved[0] | flow.lost | ~exact, state.sign,
+            m, moved[2:25], flow.field, moved[1], moved[0] | flow.sticky, state.sign,
+            ~(flow.special | state.integer), flow.constant & (~state.integer).replicate(32),
             "pattern",
         )  # fmt: skip
-        result, whole = Signal(32), self._integer(m, state, flow.remainder, exact)
-        with m.If(state.integer):
-            m.d.comb += result.eq(whole)
-        with m.Elif(state.nan):
-            m.d.comb += result.eq(NAN)
-        with m.Elif(state.inf):
-            m.d.comb += result.eq(Cat(Const(INFINITY, 31), state.sign))
-        with m.Elif(state.zero):
-            m.d.comb += result.eq(Cat(Const(0, 31), state.sign))
-        with m.Else():
-            m.d.comb += result.eq(pattern)
-        m.d.comb += self.result.eq(register(m, result, "result_last"))
+        m.d.comb += self.result.eq(pattern | (integer & state.integer.replicate(32)))
 
     @staticmethod
-    def _integer(m: Module, state: data.View, remainder: Value, exact: Value) -> Value:
+    def _integer(flow: Flow) -> Value:
         """floor(x / y): -q - (r != 0) if the signs differ; x - y * floor(x / y) has y's sign.
 
         By 0 the rows give r = |x|, and so the right x mod 0.
         """
-        differ = state.sign
-        quotient, modulo = Signal(32), Signal(32)
-        negate = Signal()
-        m.d.comb += [
-            quotient.eq((state.bits ^ differ.replicate(32)) + (differ & exact)),
-            negate.eq(differ ^ state.y_sign),
-            modulo.eq(
-                (remainder[:32] ^ negate.replicate(32))
-                + ((state.divisor ^ (~negate).replicate(32)) & (differ & ~exact).replicate(32))
-                + Mux(differ & ~exact, 1, negate)
-            ),
-        ]
-        return Mux(state.modulo, modulo, quotient | state.y_zero.replicate(32))
+        quotient = (flow.whole + flow.whole_carry)[:32] | flow.state.y_zero.replicate(32)
+        modulo = (flow.rest + flow.addend + flow.rest_carry)[:32]
+        return Mux(flow.state.modulo, modulo, quotient)

@@ -12,7 +12,7 @@ wide enough that room is never negative.
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data
 
 from pagoda.isa.numbers import CANONICAL_NAN
@@ -32,12 +32,12 @@ class Unpacked(data.StructLayout):
         })  # fmt: skip
 
 
-class Shifted(data.StructLayout):
-    """A frame shifted up to its last `amount` places: its top 28 bits, whether a one lies below
-    them, and the exponent field if its top bit will be one."""
+class Normal(data.StructLayout):
+    """A frame shifted up: its top 25 bits, whether a one lies below them, and the exponent field
+    if its top bit is one."""
 
     def __init__(self):
-        super().__init__({"top": 28, "below": 1, "amount": 2, "field": ROOM_BITS})
+        super().__init__({"top": 25, "below": 1, "field": ROOM_BITS})
 
 
 def register(m: Module, value: Value | data.View, name: str) -> Signal | data.View:
@@ -127,19 +127,51 @@ def leading_zeros(m: Module, value: Value, name: str) -> Value:
     return nodes[0][1]
 
 
+def any_of(m: Module, bits: Value, name: str) -> Value:
+    """Whether a bit is one."""
+    found = Signal(name=name)
+    m.d.comb += found.eq(bits.any())
+    return found
+
+
 def shift_right(m: Module, value: Value, amount: Value, name: str) -> tuple[Value, Value]:
-    """(value >> amount, whether a one was lost), small steps first."""
-    lost: Value = Const(0, 1)
-    for step in range(len(amount)):
+    """(value >> amount, whether a one was lost), large steps first: the second is no later."""
+    lost = []
+    for step in reversed(range(len(amount))):
         by = 1 << step
         moved = Signal(len(value), name=f"{name}_{by}")
-        fell = Signal(name=f"{name}_lost_{by}")
-        m.d.comb += [
-            moved.eq(Mux(amount[step], value[by:], value)),
-            fell.eq(lost | (amount[step] & value[:by].any())),
-        ]
-        value, lost = moved, fell
-    return value, lost
+        m.d.comb += moved.eq(Mux(amount[step], value[by:], value))
+        lost.append(amount[step] & any_of(m, value[:by], f"{name}_lost_{by}"))
+        value = moved
+    return value, Cat(lost).any()
+
+
+def shift_down(
+    m: Module, value: Value, amount: Value, width: int, name: str
+) -> tuple[Value, Value]:
+    """(a frame with `value` `amount` places below its top, whether a one fell out of it).
+
+    By 0 to 7 places first; then every bit is one of four, for eights are decoded.
+    """
+    for step in range(3):
+        by = 1 << step
+        moved = Signal(len(value) + by, name=f"{name}_{by}")
+        m.d.comb += moved.eq(Mux(amount[step], value, value << by))
+        value = moved
+    count = len(value)
+    eights = Signal(1 << len(amount) - 3, name=f"{name}_eights")
+    m.d.comb += eights.eq(Cat(amount[3:] == i for i in range(len(eights))))
+    frame, lost = [], []
+    for below in reversed(range(width)):  # places below the top
+        first, last = max(-(-(below - count + 1) // 8), 0), min(below // 8, len(eights) - 1)
+        frame.append(
+            Cat(eights[i] & value[count - 1 - below + 8 * i] for i in range(first, last + 1)).any()
+        )
+    for i in range(len(eights)):
+        out = min(8 * i + count - width, count)
+        if out > 0:
+            lost.append(eights[i] & any_of(m, value[:out], f"{name}_lost_{i}"))
+    return Cat(frame), Cat(lost).any()
 
 
 def shift_left(m: Module, value: Value, amount: Value, keep: int, name: str) -> tuple[Value, Value]:
@@ -147,69 +179,79 @@ def shift_left(m: Module, value: Value, amount: Value, keep: int, name: str) -> 
 
     Large steps first: bits that no later step can bring up go into the second result at once.
     """
-    below: Value = Const(0, 1)
+    below = []
     for step in reversed(range(len(amount))):
         by = 1 << step
         moved = Signal(len(value), name=f"{name}_{by}")
         m.d.comb += moved.eq(Mux(amount[step], value << by, value))
         drop = max(len(value) - (keep + by - 1), 0)
-        rest = Signal(name=f"{name}_below_{by}")
-        m.d.comb += rest.eq(below | moved[:drop].any())
-        value, below = moved[drop:], rest
-    return value, below
+        if drop:
+            below.append(any_of(m, moved[:drop], f"{name}_below_{by}"))
+        value = moved[drop:]
+    return value, Cat(below).any()
 
 
 def limit_lines(room: Value, width: int) -> Value:
-    """Where the room of a frame ends, half decoded: what `normalise` takes, worked out before."""
+    """Where the room of a frame ends, half decoded: what `places_up` takes, worked out before."""
     high = room[3:]
     return Cat(*(room[:3] == i for i in range(8)), *(high == i for i in range((width + 7) // 8)))
 
 
-def normalise(
-    m: Module, frame: Value, room: Value, lines: Value, name: str, cuts: int = 0
-) -> data.View:
-    """The frame shifted up as far as its room allows, but for the last two places.
+def places_up(m: Module, frame: Value, lines: Value, name: str) -> Value:
+    """How far a frame goes up: its leading zeros, but at most its room.
 
-    lines: limit_lines(room, len(frame)). With a cut the result comes one cycle later.
+    lines: limit_lines(room, len(frame)).
     """
     width = len(frame)
     # A one where the room ends stops the count there.
     ends = Cat(*(lines[i & 7] & lines[8 + (i >> 3)] for i in reversed(range(width))))
     marked = Signal(width, name=f"{name}_marked")
     m.d.comb += marked.eq(frame | ends)
-    amount = delay(m, leading_zeros(m, marked, f"{name}_zeros"), cuts, f"{name}_amount")
-    frame, room = delay(m, frame, cuts, f"{name}_frame"), delay(m, room, cuts, f"{name}_room")
-    result = Signal(Shifted(), name=name)
-    coarse = Cat(Const(0, 2), amount[2:])
-    top, below = shift_left(m, frame, coarse, 28, f"{name}_shift")
-    m.d.comb += [
-        result.top.eq(top),
-        result.below.eq(below),
-        result.amount.eq(amount[:2]),
-        result.field.eq(room - amount + 1),
-    ]
-    return result
+    return leading_zeros(m, marked, f"{name}_zeros")
 
 
-def rounded(m: Module, value: data.View, sign: Value, keep_sign: Value, name: str) -> Value:
-    """The pattern of a normalised value; that of a frame of 0 has the sign only if it is kept."""
-    top, below = shift_left(m, value.top, value.amount, 25, f"{name}_last")
-    field = value.field & top[24].replicate(ROOM_BITS)
+def normalised(m: Module, frame: Value, places: Value, room: Value, name: str) -> data.View:
+    """The frame shifted up by what `places_up` found."""
+    normal = Signal(Normal(), name=name)
+    top, below = shift_left(m, frame, places, 25, f"{name}_shift")
+    m.d.comb += [normal.top.eq(top), normal.below.eq(below), normal.field.eq(room - places + 1)]
+    return normal
+
+
+def special_lane(nan: ValueLike, inf: ValueLike, sign: ValueLike) -> Value:
+    """The pattern of a NaN, an infinity or, if it is neither, a zero."""
+    nan, inf, sign = (Value.cast(bit)[0] for bit in (nan, inf, sign))
+    return Cat(Const(0, 22), nan, (nan | inf).replicate(8), sign & ~nan)
+
+
+def rounded(
+    m: Module, normal: data.View, sign: Value, keep_sign: Value, takes: Value, other: Value,
+    name: str,
+) -> Value:  # fmt: skip
+    """`round_even` of a normalised frame; a frame of 0 has the sign only if it is kept."""
+    top = normal.top
     zero = Signal(name=f"{name}_zero")
-    m.d.comb += zero.eq(~(value.top.any() | value.below))
+    m.d.comb += zero.eq(~(top.any() | normal.below))
     return round_even(
-        m, top[1:24], field, top[0], below | value.below, sign & (keep_sign | ~zero), name
-    )
+        m, top[1:24], normal.field & top[24].replicate(ROOM_BITS), top[0], normal.below,
+        sign & (keep_sign | ~zero), takes, other, name,
+    )  # fmt: skip
 
 
 def round_even(
-    m: Module, fraction: Value, field: Value, guard: Value, sticky: Value, sign: Value, name: str
-) -> Value:
-    """The pattern of a fraction and an exponent field after rounding by guard and sticky bit to
-    nearest even; overflow gives an infinity."""
-    magnitude, pattern = Signal(23 + ROOM_BITS + 1, name=f"{name}_magnitude"), Signal(32, name=name)
+    m: Module, fraction: Value, field: Value, guard: Value, sticky: Value, sign: Value,
+    takes: Value, other: Value, name: str,
+) -> Value:  # fmt: skip
+    """The pattern of a fraction and an exponent field, rounded by guard and sticky bit to nearest
+    even, if it is to be taken; or-ed with `other`. Overflow gives an infinity.
+
+    Only one gate follows the sum: a field of 254 that is rounded up is an infinity by itself.
+    """
+    magnitude, large = Signal(31, name=f"{name}_magnitude"), Signal(name=f"{name}_large")
+    early = Signal(32, name=f"{name}_early")
     m.d.comb += [
-        magnitude.eq(Cat(fraction, field) + (guard & (sticky | fraction[0]))),
-        pattern.eq(Cat(Mux(magnitude[23:] >= 255, INFINITY, magnitude)[:31], sign)),
+        magnitude.eq(Cat(fraction, field[:8]) + (guard & (sticky | fraction[0]))),
+        large.eq(field[8:].any() | field[:8].all()),
+        early.eq(other | Cat(Const(0, 23), (takes & large).replicate(8), takes & sign)),
     ]
-    return pattern
+    return Cat(magnitude & (takes & ~large).replicate(31), Const(0, 1)) | early

@@ -11,6 +11,10 @@ weight is. If C lies so far above P that it would have to go left, it stays at t
 wherever it is below, only decides the rounding: P is less than a quarter of C's last bit. Rounding
 to an integral value puts the weight of 1 at bit 2 and adds 0 to 3 below it.
 
+C comes inverted if it is subtracted: P + ~C + 1 is P - C, and the complement of P + ~C is C - P.
+Products and the magnitudes of integers come out of another sum, that of partial products; the sum
+of P and C is 0 then.
+
 A unit that takes no products as P has a shorter sum: it begins 23 bits further up, where the
 significand does, with its own three bits below.
 """
@@ -19,20 +23,21 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from pagoda.chip.float_add import order
 from pagoda.chip.float_format import (
     ROOM_BITS,
     Flow,
     limit_lines,
-    normalise,
+    normalised,
+    places_up,
+    register,
     rounded,
-    shift_right,
+    shift_down,
+    special_lane,
     unpack,
 )
 from pagoda.isa.functions import FUNCTION_CODES
 
-LATENCIES = (4, 5, 6)
-"""What a unit can have: 5 cuts between counting zeros and shifting, 6 before the sum, too."""
+LATENCY = 7
 FRAME_BITS = 77
 _P_LOW = 3  # where P begins in the frame
 
@@ -53,8 +58,6 @@ class Operation(data.StructLayout):
             "up": 1,  # to_integer, integral: away from zero if positive
             "down": 1,  # if negative
             "nearest": 1,
-            "extremum": 1,  # fmax, fmin
-            "minimum": 1,
             "integer": 1,  # imul
         })  # fmt: skip
 
@@ -72,8 +75,6 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "ffloor": ("integral", "down"),
     "fceil": ("integral", "up"),
     "fround": ("integral", "nearest"),
-    "fmax": ("extremum",),
-    "fmin": ("extremum", "minimum"),
 }
 """Of an operation, by function: the bits that are 1."""
 
@@ -99,90 +100,105 @@ class Product(data.StructLayout):
 
 
 class FloatUnit(wiring.Component):
-    """One lane. A unit of the first stage gives its `product`, `latency` cycles after x and y like
-    `result`; one of the second stage is `fused`: it takes that as `factor` of a fma, with its y."""
+    """One lane. A unit of the first stage gives its `product`, LATENCY cycles after x and y; one of
+    the second stage is `fused`: it takes that as `factor` of a fma, with its y.
 
-    def __init__(self, fused: bool, latency: int):
-        if latency not in LATENCIES:
-            raise ValueError(f"float unit: latency {latency} is none of {LATENCIES}; choose one")
-        self.fused, self.latency = fused, latency
+    `result` comes LATENCY - 1 cycles after x and y, at the end of its cycle; 0 unless `show`n.
+    """
+
+    def __init__(self, fused: bool):
+        self.fused = fused
         self.base = 0 if fused else 23  # bits of the frame below its sums
         super().__init__({
-            "operation": In(Operation()), "x": In(32), "y": In(32), "result": Out(32),
+            "operation": In(Operation()), "x": In(32), "y": In(32),
+            "show": In(1), "result": Out(32),
             **({"factor": In(Product())} if fused else {"product": Out(Product())}),
         })  # fmt: skip
 
     def elaborate(self, platform):
         m = Module()
-        op, x, y = self.operation, self.x, self.y
-
-        # Exponents, distances, partial products, and the results that need no frame.
-        ux, uy = unpack(m, x, "x_parts"), unpack(m, y, "y_parts")
-        left = self._left(m, ux)
-        right_sign, subtract = Signal(), Signal()
-        m.d.comb += [
-            right_sign.eq(y[31] ^ op.negate_y),
-            subtract.eq((op.addition & (left.sign ^ right_sign)) | (op.to_integer & x[31])),
-        ]
-        exponent, shift, room = self._distance(m, ux, uy, left)
-        p, c, low = self._operands(m, ux, uy, left)
-        raw, has_raw = self._without_frame(m, ux, uy, left, right_sign, subtract)
         flow = Flow(m)
+
+        # Unpack; begin with exponents and comparisons.
+        op, ux, uy = self.operation, unpack(m, self.x, "x_parts"), unpack(m, self.y, "y_parts")
+        left, right_sign = self._left(m, ux), Signal()
+        on_x = op.integral | op.to_integer  # C is x
+        ahead, exponents = Signal(signed(ROOM_BITS)), Signal(9)
+        m.d.comb += [
+            right_sign.eq(self.y[31] ^ op.negate_y),
+            ahead.eq(Mux(on_x, 201 - self.base - ux.field, 27 - uy.field)),
+            exponents.eq(ux.field + uy.field),
+        ]
         flow.add(
-            op=op, p_sign=Mux(op.multiply, x[31] ^ y[31], left.sign), c_sign=right_sign,
-            subtract=subtract, exponent=exponent, shift=shift, room=room, p=p, c=c, low=low,
-            partial=self._partial_products(m, ux, uy), raw=raw, has_raw=has_raw,
+            op=op, x=self.x, y=self.y, ux=ux, uy=uy, left=left, c_sign=right_sign,
+            ahead=ahead, exponents=exponents, on_x=on_x,
+        )  # fmt: skip
+        flow.step()
+
+        # Partial products, distances, and the results that need no frame.
+        op, ux, uy, left = flow.op, flow.ux, flow.uy, flow.left
+        subtract = Signal()
+        m.d.comb += subtract.eq(
+            (op.addition & (left.sign ^ flow.c_sign)) | (op.to_integer & flow.x[31])
+        )
+        exponent, shift, room = self._distance(m, flow)
+        p, c, low = self._operands(m, flow)
+        flip = op.from_integer & flow.x[31]
+        raw, has_raw = self._without_frame(m, flow, subtract, flip)
+        flow.add(
+            p_sign=Mux(op.multiply, flow.x[31] ^ flow.y[31], left.sign), subtract=subtract,
+            exponent=exponent, shift=shift, room=room, p=p, c=c, low=low,
+            partial=self._partial_products(m, flow), raw=raw, has_raw=has_raw, flip=flip,
             zero=ux.zero | uy.zero, inf=ux.inf | uy.inf, nan=_invalid_product(ux, uy),
         )  # fmt: skip
-        flow.step()
+        flow.step("x", "y", "ux", "uy", "left", "ahead", "exponents", "on_x")
 
-        # C at its place.
+        # C at its place, inverted if it is subtracted; the first sum of a product.
         width = FRAME_BITS - self.base
-        aligned, lost = shift_right(m, Cat(Const(0, width - 24), flow.c), flow.shift, "align")
-        flow.add(aligned=Cat(aligned[0] | lost, aligned[1:]))
-        flow.step("c", "shift", cycles=int(self.latency >= 6))
+        aligned, lost = shift_down(m, flow.c, flow.shift, width, "align")
+        addend = Cat(aligned[0] | lost, aligned[1:]) ^ flow.subtract.replicate(width)
+        ends, middle = self._product_terms(m, flow)
+        flow.add(addend=addend, ends=ends, middle=middle)
+        flow.step("c", "shift", "partial")
 
-        # The exact product, or the exact sum of P and C.
-        whole = self._whole_product(m, flow.partial)
-        total, reverse, negative = self._sum(m, flow)
-        frame, raw = Signal(FRAME_BITS, name="frame"), Signal(32, name="raw")
-        m.d.comb += [frame.eq(Mux(negative, reverse, total) << self.base), raw.eq(flow.raw)]
-        with m.If(flow.op.integral):
-            m.d.comb += frame[self.base : self.base + 2].eq(0)
-        with m.If(flow.op.multiply):
-            m.d.comb += frame.eq(whole << _P_LOW)
-        with m.If(flow.op.from_integer):
-            m.d.comb += frame.eq(flow.raw << _P_LOW)
-        with m.If(flow.op.integer):
-            m.d.comb += raw.eq(whole)
-        with m.If(flow.op.to_integer & ~flow.has_raw):
-            m.d.comb += raw.eq(total[2:])
+        # The exact product, or the magnitude of the exact sum of P and C.
+        whole, total, negative = self._sum(m, flow)
+        frame = Signal(FRAME_BITS, name="frame")
+        m.d.comb += frame.eq(Cat(Const(0, self.base), total) | (whole << _P_LOW))
         flow.add(
             frame=frame, whole=whole, lines=limit_lines(flow.room, FRAME_BITS),
-            sign=Mux(negative, flow.c_sign, flow.p_sign), lane=raw,
-            has_lane=flow.has_raw | flow.op.integer | flow.op.to_integer,
+            sign=Mux(negative, flow.c_sign, flow.p_sign),
         )  # fmt: skip
-        flow.step("p", "low", "aligned", "partial", "op", "p_sign", "c_sign", "raw", "has_raw")
+        flow.step("p", "low", "addend", "ends", "middle", "flip", "p_sign", "c_sign")
+
+        # How far up it goes; the results that are no floats.
+        op, frame = flow.op, flow.frame
+        integers = Mux(op.integer, frame[_P_LOW:][:32], frame[self.base + 2 :][:32])
+        flow.add(
+            places=places_up(m, frame, flow.lines, "normal"),
+            lane=Mux(flow.has_raw, flow.raw, integers),
+            has_lane=flow.has_raw | op.integer | op.to_integer,
+        )  # fmt: skip
+        flow.step("lines", "raw", "has_raw", "op")
 
         # Normalise.
-        cuts = int(self.latency >= 5)
-        value = normalise(m, flow.frame, flow.room, flow.lines, "normal", cuts)
-        flow.step("frame", "room", "lines", cycles=cuts)
-        flow.add(value=value)
-        flow.step()
+        flow.add(normal=normalised(m, flow.frame, flow.places, flow.room, "normal"))
+        flow.step("frame", "places", "room")
 
         # Round. An exact difference of 0 is +0.
-        pattern = rounded(m, flow.value, flow.sign, ~flow.subtract, "pattern")
-        flow.add(result=Mux(flow.has_lane, flow.lane, pattern))
-        flow.step("value", "subtract", "lane", "has_lane")
-        m.d.comb += self.result.eq(flow.result)
+        lane = flow.lane & (flow.has_lane & self.show).replicate(32)
+        takes, keep_sign = ~flow.has_lane & self.show, ~flow.subtract
+        m.d.comb += self.result.eq(
+            rounded(m, flow.normal, flow.sign, keep_sign, takes, lane, "pattern")
+        )
         if not self.fused:
-            product = self.product
+            product = Signal(Product(), name="product_now")
             m.d.comb += [
                 product.magnitude.eq(flow.whole), product.exponent.eq(flow.exponent),
                 product.sign.eq(flow.sign), product.zero.eq(flow.zero), product.inf.eq(flow.inf),
                 product.nan.eq(flow.nan),
             ]  # fmt: skip
+            m.d.comb += self.product.eq(register(m, product, "product_last"))
         return m
 
     def _left(self, m: Module, ux: data.View) -> data.View:
@@ -198,120 +214,117 @@ class FloatUnit(wiring.Component):
                 m.d.comb += left.eq(self.factor)
         return left
 
-    def _distance(
-        self, m: Module, ux: data.View, uy: data.View, left: data.View
-    ) -> tuple[Value, Value, Value]:
+    def _distance(self, m: Module, flow: Flow) -> tuple[Value, Value, Value]:
         """(exponent of P, how far C goes right in the frame, the frame's room)."""
-        op = self.operation
-        on_x = Signal()  # C is x
-        exponent, c_field = Signal(signed(ROOM_BITS)), Signal(8)
-        distance, far = Signal(signed(ROOM_BITS + 2)), Signal()
-        room = Signal(signed(ROOM_BITS + 2))
+        op, left, uy = flow.op, flow.left, flow.uy
+        far = Signal()  # C lies above the frame
+        exponent, distance = Signal(signed(ROOM_BITS)), Signal(signed(ROOM_BITS + 2))
+        room, product_room = Signal(signed(ROOM_BITS + 2)), Signal(signed(ROOM_BITS))
         m.d.comb += [
-            on_x.eq(op.integral | op.to_integer),
+            distance.eq(Mux(flow.on_x, 0, left.exponent) + flow.ahead),
+            far.eq(op.addition & ((distance < 0) | left.zero)),
             exponent.eq(left.exponent),
-            # Without a C the frame behaves as if it were a zero, the weight of which is lowest.
-            c_field.eq(Mux(on_x, ux.field, Mux(op.addition, uy.field, 1))),
-            distance.eq(Mux(on_x, 201 - self.base, exponent + 27) - c_field),
-            far.eq((distance < 0) | (op.addition & left.zero)),
-            room.eq(Mux(on_x, 200 - self.base, Mux(far, c_field - 1, exponent + 26))),
+            # A frame that has been left by its P stands where C is.
+            room.eq(Mux(far, uy.field - 1, left.exponent + 26)),
+            product_room.eq(flow.exponents - 101),
         ]
+        with m.If(flow.on_x):
+            m.d.comb += room.eq(200 - self.base)
         with m.If(op.multiply):
-            m.d.comb += exponent.eq(ux.field + uy.field - 127)
+            m.d.comb += [
+                exponent.eq(flow.exponents - 127),
+                room.eq(Mux(product_room < 0, 0, product_room)),
+            ]
         with m.If(op.from_integer):
-            m.d.comb += exponent.eq(173)
+            m.d.comb += room.eq(199)
         bits = (FRAME_BITS - self.base).bit_length()
         beyond = distance[bits:].any().replicate(bits)  # everything is shifted out
         shift = (distance[:bits] | beyond) & (~far).replicate(bits)
         return exponent, shift, room[:ROOM_BITS]
 
-    def _operands(
-        self, m: Module, ux: data.View, uy: data.View, left: data.View
-    ) -> tuple[Value, Value, Value]:
-        """(P, C, what is added at the lowest bits of the sum)."""
-        op, sign = self.operation, self.x[31]
-        p = left.magnitude[self.base :] & op.addition.replicate(48 - self.base)
-        c = Mux(op.addition, uy.significand, ux.significand)
+    def _operands(self, m: Module, flow: Flow) -> tuple[Value, Value, Value]:
+        """(P, C, what is added at the lowest bits of the sum); 0 of products and integers."""
+        op, sign = flow.op, flow.x[31]
+        p = flow.left.magnitude[self.base :] & op.addition.replicate(48 - self.base)
+        c = (flow.uy.significand & op.addition.replicate(24)) | (
+            flow.ux.significand & flow.on_x.replicate(24)
+        )
         low = Signal(2)
         m.d.comb += low.eq(Mux(sign, op.down, op.up).replicate(2) | op.nearest)
         with m.If(op.to_integer):  # -floor(c) is floor((4 * -c + 3) / 4)
             m.d.comb += low.eq(sign.replicate(2))
         return p, c, low
 
-    def _partial_products(self, m: Module, ux: data.View, uy: data.View) -> Value:
-        """Of halves of 16 bits: low * low, low * high, high * low, high * high."""
-        integer = self.operation.integer
-        factors = [
-            Cat(v[:23], Mux(integer, v[23:], u.normal)) for v, u in ((self.x, ux), (self.y, uy))
-        ]
-        (x_low, x_high), (y_low, y_high) = ((f[:16], f[16:]) for f in factors)
-        halves = ((x_low, y_low), (x_low, y_high), (x_high, y_low), (x_high, y_high))
-        return Cat(*((a * b)[:32] for a, b in halves))
+    def _partial_products(self, m: Module, flow: Flow) -> Value:
+        """Of 18 low and 14 high bits: low * low, low * high, high * low, and of the 6 high bits
+        of significands high * high, in gates: a multiplier less."""
+        integer = flow.op.integer
+        (x_low, x_high), (y_low, y_high) = (
+            (v[:18], Cat(v[18:23], Mux(integer, v[23], u.normal), v[24:] & integer.replicate(8)))
+            for v, u in ((flow.x, flow.ux), (flow.y, flow.uy))
+        )
+        rows = [Cat(Const(0, i), x_high[:6] & y_high[i].replicate(6)) for i in range(6)]
+        pairs = [(low + high)[:12] for low, high in zip(rows[::2], rows[1::2], strict=True)]
+        top = (pairs[0] + pairs[1] + pairs[2])[:12]
+        return Cat(x_low * y_low, (x_low * y_high)[:32], (x_high * y_low)[:32], top)
 
     @staticmethod
-    def _whole_product(m: Module, partial: Value) -> Value:
-        low, mid_a, mid_b, high = (partial.word_select(i, 32) for i in range(4))
-        whole = Signal(48, name="whole")
-        m.d.comb += whole.eq(Cat(low, high) + Cat(Const(0, 16), mid_a + mid_b))
-        return whole
+    def _product_terms(m: Module, flow: Flow) -> tuple[Value, Value]:
+        """Summands of 48 bits, the second one from bit 18 on: a product, or |x| of an integer."""
+        partial, op = flow.partial, flow.op
+        ends = Mux(op.from_integer, flow.raw, Cat(partial[:36], partial[100:]))
+        middle = (partial[36:68] + partial[68:100])[:30]
+        return (
+            ends & (op.multiply | op.from_integer).replicate(48),
+            middle & op.multiply.replicate(30),
+        )
 
     def _without_frame(
-        self, m: Module, ux: data.View, uy: data.View, left: data.View, right_sign: Value,
-        subtract: Value,
-    ) -> tuple[Value, Value]:  # fmt: skip
-        """(result, whether it is one) of NaN, infinities, extrema and what is integral already;
-        |x| of an integer, which goes on to the frame."""
-        op, x, y = self.operation, self.x, self.y
+        self, m: Module, flow: Flow, subtract: Value, flip: Value
+    ) -> tuple[Value, Value]:
+        """(result, whether it is one) of NaN, infinities and what is integral already; of an
+        integer the bits of |x|, or of its complement, which go on to the frame."""
+        op, x, y, ux, uy, left = flow.op, flow.x, flow.y, flow.ux, flow.uy, flow.left
         product = op.multiply & ~op.integer
         nan, inf, inf_sign = Signal(), Signal(), Signal()
-        take_x, take_y, full, less = Signal(), Signal(), Signal(), Signal()
+        take_x, full = Signal(), Signal()
         m.d.comb += [
-            less.eq(order(x, 1) < order(y, 1)),
             nan.eq(
                 (op.addition & (left.nan | uy.nan | (left.inf & uy.inf & subtract)))
-                | (product & _invalid_product(ux, uy))
-                | (op.extremum & (ux.nan | uy.nan)) | (op.integral & ux.nan)
+                | (product & _invalid_product(ux, uy)) | (op.integral & ux.nan)
             ),
             inf.eq(
                 ~nan & ((op.addition & (left.inf | uy.inf)) | (product & (ux.inf | uy.inf)))
             ),
-            inf_sign.eq(Mux(op.addition, Mux(left.inf, left.sign, right_sign), x[31] ^ y[31])),
-            take_x.eq(~nan & (op.integral | (op.extremum & (less == op.minimum)))),
-            take_y.eq(~nan & op.extremum & (less != op.minimum)),
+            inf_sign.eq(Mux(op.addition, Mux(left.inf, left.sign, flow.c_sign), x[31] ^ y[31])),
+            take_x.eq((~nan & op.integral) | op.from_integer),
             full.eq(op.to_integer & ~ux.nan),  # the greatest or the least integer
         ]  # fmt: skip
-        magnitude = Signal(32, name="x_magnitude")
-        m.d.comb += magnitude.eq((x ^ x[31].replicate(32)) + x[31])
-        most = full & ~x[31]
-        special = Cat(
-            most.replicate(22), nan | most, (nan | inf | most).replicate(8),
-            (inf & inf_sign) | (full & x[31]),
-        )  # fmt: skip
+        integer = Cat((full & ~x[31]).replicate(31), full & x[31])
         raw = (
-            (x & take_x.replicate(32)) | (y & take_y.replicate(32)) | special
-            | (magnitude & op.from_integer.replicate(32))
+            ((x ^ flip.replicate(32)) & take_x.replicate(32)) | integer
+            | special_lane(nan, inf, inf & inf_sign)
         )  # fmt: skip
         has_raw = (
-            nan | inf | op.extremum | (op.integral & (ux.field >= 150))
+            nan | inf | (op.integral & (ux.field >= 150))
             | (op.to_integer & (ux.field >= 158))
         )  # fmt: skip
         return raw, has_raw
 
     def _sum(self, m: Module, flow: Flow) -> tuple[Value, Value, Value]:
-        """(P +- C, C - P, whether that is the magnitude of a difference)."""
-        width, subtract, c = FRAME_BITS - self.base, flow.subtract, flow.aligned
-        p, total, reverse = Signal(width), Signal(width + 1), Signal(width)
-        negative = Signal()
+        """(product, |P +- C|, whether that is C - P)."""
+        width, op, addend, subtract = FRAME_BITS - self.base, flow.op, flow.addend, flow.subtract
+        p, total, short = Signal(width), Signal(width + 1), Signal(width)
+        whole, negative = Signal(48, name="whole"), Signal()
         m.d.comb += [
+            whole.eq(flow.ends + (flow.middle << 18) + flow.flip),
             p.eq(Cat(flow.low, Const(0, 1), flow.p)),
-            total.eq(
-                p + Cat(c ^ subtract.replicate(width), subtract)
-                + (subtract | (flow.op.nearest & c[2]))
-            ),
-            reverse.eq(c - p),
-            negative.eq(subtract & total[width]),
-        ]  # fmt: skip
-        return total[:width], reverse, negative
+            total.eq(p + addend + (subtract | (op.nearest & addend[2]))),
+            short.eq(p + addend),
+            negative.eq(subtract & op.addition & ~total[width]),
+        ]
+        low = total[:2] & (~op.integral).replicate(2)
+        return whole, Mux(negative, ~short, Cat(low, total[2:width])), negative
 
 
 def _invalid_product(ux: data.View, uy: data.View) -> Value:

@@ -2,8 +2,8 @@
 
     r        `start`: the first side read; one a cycle, `lanes` indices each
     z        the last data are here (z = r + ceil(rows / lanes)) and are latched
-    z+1      half of the comparisons among the lanes
-    z+2      the other half, and the comparison with what came before
+    z+1      comparisons within groups of lanes
+    z+2      comparisons of the groups, and with what came before
     z+3      the smallest goes through the multiplier (operands were latched at the end of z+2)
     z+4      `done`; the largest goes through the multiplier
     z+5      both products are known
@@ -11,15 +11,13 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal, Value, signed
+from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.interfaces import SideRead
-from pagoda.chip.products import COUNT_BITS
+from pagoda.chip.product_schedule import COUNT_BITS
 from pagoda.isa.chip import Chip
-
-Extremes = list[tuple[Value, Value]]  # (smallest, largest) of groups of lanes
 
 
 class IndexPass(wiring.Component):
@@ -66,30 +64,35 @@ class IndexPass(wiring.Component):
         m.d.sync += [
             latched[lane].eq(Mux(lane < left, words[lane], words[0])) for lane in range(lanes)
         ]
-        levels = lanes.bit_length() - 1
-        half = (levels + 1) // 2
-        folded = []
-        for number, pair in enumerate(_fold([(lane, lane) for lane in latched], half)):
-            kept = tuple(Signal(signed(32), name=f"{side}{number}") for side in ("low", "high"))
-            m.d.sync += [register.eq(value) for register, value in zip(kept, pair, strict=True)]
-            folded.append(kept)
-        ((low, high),) = _fold(folded, levels - half)
-        smallest, largest = Signal(signed(32)), Signal(signed(32))
-        new_low, new_high = Signal(signed(32)), Signal(signed(32))
+        # Of groups of lanes, and of all that came before.
+        group = 1 << lanes.bit_length() // 2
+        extremes = []
+        for largest, first_of_all in ((False, (1 << 31) - 1), (True, -(1 << 31))):
+            side = ("low", "high")[largest]
+            kept, new = Signal(signed(32), name=side), Signal(signed(32), name=f"new_{side}")
+            found = []
+            for at in range(0, lanes, group):
+                found.append(Signal(signed(32), name=f"{side}{at}"))
+                m.d.sync += found[-1].eq(_extreme(latched[at : at + group], largest))
+            m.d.comb += new.eq(_extreme([kept, *found], largest))
+            m.d.sync += kept.eq(Mux(first[1], first_of_all, new))
+            extremes.append((kept, new))
+        (_, new_low), (high, _) = extremes
         m.d.comb += [
-            new_low.eq(Mux(first[2] | (low < smallest), low, smallest)),
-            new_high.eq(Mux(first[2] | (high > largest), high, largest)),
             self.index_enable.eq(final[2] | final[3]),
-            self.index.eq(Mux(final[2], new_low, largest)),
+            self.index.eq(Mux(final[2], new_low, high)),
         ]
-        m.d.sync += [smallest.eq(new_low), largest.eq(new_high)]
         return m
 
 
-def _fold(groups: Extremes, levels: int) -> Extremes:
-    for _ in range(levels):
-        groups = [
-            (Mux(a[0] < b[0], a[0], b[0]), Mux(a[1] > b[1], a[1], b[1]))
-            for a, b in zip(groups[::2], groups[1::2], strict=True)
+def _extreme(values: list[Value], largest: bool) -> Value:
+    """The smallest or largest value: all pairs are compared at once."""
+    chosen: Value = C(0, 32)
+    for number, value in enumerate(values):
+        wins = [  # of equal values the first is no larger than the others
+            (values[min(number, other)] <= values[max(number, other)]) ^ (number > other) ^ largest
+            for other in range(len(values))
+            if other != number
         ]
-    return groups
+        chosen = chosen | Mux(Cat(wins).all(), value, 0)
+    return chosen.as_signed()

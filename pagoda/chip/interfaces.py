@@ -140,7 +140,10 @@ class Fault(data.StructLayout):
 
 class PortStore(wiring.Signature):
     """Control core -> command port: a store that started in cycle t is valid from t + 4 on until
-    `ready`. The cycle with both is the store's effect (the entry cycle e of a command; for fence,
+    `ready`. Bank, word, value and pc are there from t + 3 on; value and pc stay for two more cycles
+    after the last valid one, bank and word for three.
+
+    The cycle with valid and ready is the store's effect (the entry cycle e of a command; for fence,
     barrier and exit the cycle before they are through); the next instruction starts one later.
 
     Only words that exist are stored. `drop`: the watchdog ends the wait. A fault comes as a pulse

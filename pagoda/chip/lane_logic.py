@@ -1,4 +1,4 @@
-"""The functions of latency 0 of one lane: moves, comparisons, int32 sums, bits, shifts.
+"""The functions of one lane that round nothing: moves, comparisons, int32 sums, bits, shifts.
 
 One adder of 33 bits serves sums and comparisons, one right shifter (its input mirrored for `shl`)
 all shifts. Floats compare as the signed integers that order them (`float_add.order`).
@@ -8,11 +8,13 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from pagoda.chip.float_format import INFINITY
+from pagoda.chip.float_format import INFINITY, Flow, special_lane
 from pagoda.isa.functions import FUNCTION_CODES
 
+LATENCY = 2
 
-class LogicOperation(data.StructLayout):
+
+class Operation(data.StructLayout):
     """What a lane of `LaneLogic` is to do. The result is the or of four parts: a bitwise function
     of x and y (moves are among them), a shift, a sum, and a flag."""
 
@@ -48,6 +50,8 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "iadd": ("is_sum",),
     "isub": ("is_sum", "invert_y"),
     "irsub": ("is_sum", "invert_x"),
+    "fmax": ("both", "is_extremum", "invert_y", "float", "greater"),
+    "fmin": ("both", "is_extremum", "invert_y", "float", "less"),
     "imax": ("both", "is_extremum", "invert_y", "greater"),
     "imin": ("both", "is_extremum", "invert_y", "less"),
     "and": ("both",),
@@ -67,7 +71,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 def decode(m: Module, code: Value, name: str, selects: bool = True) -> data.View:
     """The operation of a function code. selects: otherwise select is a move, since the first
     stage has made the choice."""
-    operation = Signal(LogicOperation(), name=name)
+    operation = Signal(Operation(), name=name)
     with m.Switch(code):
         for function, fields in FUNCTIONS.items():
             if function == "select" and not selects:
@@ -78,44 +82,70 @@ def decode(m: Module, code: Value, name: str, selects: bool = True) -> data.View
 
 
 class LaneLogic(wiring.Component):
-    """One lane, combinational. `other`, which a lane that `selects` has, is what select gives
+    """One lane; `result` comes LATENCY - 1 cycles after x and y, at the end of its cycle, and is 0
+    if no bit of the operation is 1. `other`, which a lane that `selects` has, is what select gives
     where x is 0."""
 
     def __init__(self, selects: bool):
         self.selects = selects
         super().__init__({
-            "operation": In(LogicOperation()), "x": In(32), "y": In(32), "result": Out(32),
+            "operation": In(Operation()), "x": In(32), "y": In(32), "result": Out(32),
             **({"other": In(32)} if selects else {}),
         })  # fmt: skip
 
     def elaborate(self, platform):
         m = Module()
         op, x, y = self.operation, self.x, self.y
-        total, nonzero = Signal(33), Signal()
-        relation = self._compare(m, total)
-        m.d.comb += [
-            nonzero.eq(x.any()),
-            total.eq(
-                self._term(x, op.invert_x)
-                + self._term(y, op.invert_y)
-                + (op.invert_x | op.invert_y)
-            ),
-        ]
-        x_wins = Mux(total[32], op.less, op.greater)  # equal integers are the same
-        only_x = op.only_x | (op.is_extremum & x_wins)
-        only_y = op.only_y | (op.is_extremum & ~x_wins)
+
+        # Sum, or difference of what compares; large shifts.
+        total = Signal(33)
+        m.d.comb += total.eq(
+            self._term(x, op.invert_x) + self._term(y, op.invert_y) + (op.invert_x | op.invert_y)
+        )
+        mirrored = Mux(op.left, x[::-1], x)
+        flow = Flow(m)
+        flow.add(
+            op=op, x=x, y=y, total=total, nonzero=x.any(),
+            nan=op.float & ((x[:31] > INFINITY) | (y[:31] > INFINITY)),
+            zeros=op.float & ~(x[:31] | y[:31]).any(),
+            fill=op.arithmetic & x[31],
+            shifted=self._shift(m, mirrored, y, op.arithmetic & x[31], (4, 3)),
+            **({"other": self.other} if self.selects else {}),
+        )  # fmt: skip
+        flow.step()
+
+        # Relations; the bits of x and y that count; small shifts.
+        op, x, y, total = flow.op, flow.x, flow.y, flow.total
+        x_wins = Mux(total[32], op.less, op.greater)  # equal ones are the same
+        chooses, gives_nan = op.is_extremum & ~flow.nan, op.is_extremum & flow.nan
+        only_x = op.only_x | (chooses & x_wins)
+        only_y = op.only_y | (chooses & ~x_wins)
+        both = op.both & ~gives_nan
         bitwise = (
-            (x & y & op.both.replicate(32))
+            (x & y & both.replicate(32))
             | (x & ~y & only_x.replicate(32))
             | (~x & y & only_y.replicate(32))
         )
         if self.selects:
-            chosen = Mux(nonzero, y, self.other)
+            chosen = Mux(flow.nonzero, y, flow.other)
             bitwise = bitwise | (chosen & op.is_choice.replicate(32))
-        picked = Cat(bitwise[:31], (bitwise[31] ^ op.flip_sign) & ~op.clear_sign)
-        flag = op.is_flag & Mux(op.nonzero, nonzero, relation)
+        picked = Cat(
+            bitwise[:31] | special_lane(gives_nan, 0, 0)[:31],
+            (bitwise[31] ^ op.flip_sign) & ~op.clear_sign,
+        )
+        equal, holds = Signal(), Signal()
+        m.d.comb += [
+            equal.eq(flow.zeros | ~total.any()),
+            holds.eq(
+                Mux(flow.nan, op.unordered,
+                    Mux(equal, op.equal, Mux(total[32], op.less, op.greater)))
+            ),
+        ]  # fmt: skip
+        flag = op.is_flag & Mux(op.nonzero, flow.nonzero, holds)
+        shifted = self._shift(m, flow.shifted, y, flow.fill, (2, 1, 0))
+        shifted = Mux(op.left, shifted[::-1], shifted) & op.is_shift.replicate(32)
         m.d.comb += self.result.eq(
-            (total[:32] & op.is_sum.replicate(32)) | picked | self._shift(m) | flag
+            (total[:32] & op.is_sum.replicate(32)) | picked | shifted | flag
         )
         return m
 
@@ -124,29 +154,14 @@ class LaneLogic(wiring.Component):
         flip = invert ^ (self.operation.float & bits[31])
         return Cat(bits[:31] ^ flip.replicate(31), (bits[31] ^ invert).replicate(2))
 
-    def _compare(self, m: Module, difference: Value) -> Value:
-        """Whether one of the wanted relations holds; `difference` is that of the ordered lanes."""
-        op, x, y = self.operation, self.x, self.y
-        nan, equal, holds = Signal(), Signal(), Signal()
-        zeros = op.float & ~(x[:31] | y[:31]).any()
-        m.d.comb += [
-            nan.eq(op.float & ((x[:31] > INFINITY) | (y[:31] > INFINITY))),
-            equal.eq((x == y) | zeros),
-            holds.eq(
-                Mux(nan, op.unordered,
-                    Mux(equal, op.equal, Mux(difference[32], op.less, op.greater)))
-            ),
-        ]  # fmt: skip
-        return holds
-
-    def _shift(self, m: Module) -> Value:
-        op, x = self.operation, self.x
-        value: Value = Signal(32, name="shifted_0")
-        m.d.comb += value.eq(Mux(op.left, x[::-1], x))
-        fill = op.arithmetic & x[31]
-        for step in range(5):
+    @staticmethod
+    def _shift(
+        m: Module, value: Value, amount: Value, fill: Value, steps: tuple[int, ...]
+    ) -> Value:
+        """`value` shifted right by some bits of `amount`."""
+        for step in steps:
             by = 1 << step
             moved = Signal(32, name=f"shifted_{by}")
-            m.d.comb += moved.eq(Mux(self.y[step], Cat(value[by:], fill.replicate(by)), value))
+            m.d.comb += moved.eq(Mux(amount[step], Cat(value[by:], fill.replicate(by)), value))
             value = moved
-        return Mux(op.left, value[::-1], value) & op.is_shift.replicate(32)
+        return value

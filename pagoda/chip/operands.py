@@ -1,7 +1,8 @@
 """What a command works on, from its fields, products and go: the first of two cycles.
 
-`OperandSelect` is combinational, in the entry cycle e. Its `Operands` are registered at the end of
-e; `description` finishes the hulls in e + 1. All ten commands share four tile units:
+`OperandSelect` is combinational, in the cycle before a go is offered (t + 3). Its `Operands` are
+registered at the end of it; `description` finishes the hulls in the next one. All ten commands
+share four tile units:
 
     a   store, scatter: address   matmul, vector: a   reduce, transpose: src   finish: state
     b   matmul, vector: b         gather, scatter: indices
@@ -11,13 +12,13 @@ e; `description` finishes the hulls in e + 1. All ten commands share four tile u
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.field_registers import BANK, BankWords, CommandFields
 from pagoda.chip.interfaces import DRAM_ADDRESS_BITS, SlotTable
-from pagoda.chip.products import (
+from pagoda.chip.product_schedule import (
     B_K,
     B_N,
     COUNT_BITS,
@@ -26,15 +27,10 @@ from pagoda.chip.products import (
     MEM_ROWS,
     PLANES,
     ROWS,
-    TARGET,
     TRANSPOSED,
-    Extents,
     M,
-    Products,
-    at,
-    clip,
-    local_bits,
 )
+from pagoda.chip.products import Extents, Products, at, clip, local_bits
 from pagoda.isa.accumulation import LANES, ReduceOp
 from pagoda.isa.chip import Chip
 from pagoda.isa.commands import ACC_BIT, COLUMN, COMMANDS, SCALAR, TILE
@@ -47,21 +43,21 @@ TWO_OPERANDS = [code for code, f in VECTOR_FUNCTIONS.items() if f.operands == 2]
 
 
 class Tile(data.StructLayout):
-    """A local operand, last byte = reached + row_last + rest. `reached`: the last row's first byte;
-    all of them are large where the operand leaves every memory."""
+    """A local operand, last byte = reached + row_bytes + rest. `reached`: the byte before the last
+    row, but for the `rest`; all of them are large where the operand leaves every memory."""
 
     def __init__(self, chip: Chip):
         local = local_bits(chip)
         super().__init__({
-            "valid": 1, "acc": 1, "first": local, "reached": local + 3, "row_last": local + 1,
-            "rest": local + 2, "word": 1,
+            "valid": 1, "acc": 1, "first": local, "reached": signed(local + 4),
+            "row_bytes": local + 1, "rest": local + 2, "word": 1,
         })  # fmt: skip
 
 
 class Operands(data.StructLayout):
-    """The registers between e and e + 1.
+    """The registers between the two cycles.
 
-    last_row: the last row of d ends at d's last byte plus what `ProductUnit.late` announced.
+    targeted: the `rest` of d is the product TARGET.
     in_place: of a, b, c: source and destination at once, element by element.
     has_dram: rows in DRAM. first, last: the hull's offsets, less the last row's `row_last` + 1.
     separate: what `description` needs to see that the destination's rows lie apart.
@@ -69,7 +65,7 @@ class Operands(data.StructLayout):
 
     def __init__(self, chip: Chip):
         super().__init__({
-            "a": Tile(chip), "b": Tile(chip), "c": Tile(chip), "d": Tile(chip), "late": 1,
+            "a": Tile(chip), "b": Tile(chip), "c": Tile(chip), "d": Tile(chip), "targeted": 1,
             "in_place": 3, "d_reads": 1,
             "has_dram": 1, "dram_reads": 1, "dram_writes": 1, "transfer": 1, "indexed": 1,
             "first": signed(OFFSET_BITS), "last": signed(OFFSET_BITS), "mem_row_last": ROW_BITS,
@@ -110,8 +106,7 @@ class OperandSelect(wiring.Component):
         self.chip = chip
         super().__init__({
             "bank": In(4), "go": In(32), "words": In(BankWords()), "products": In(Products(chip)),
-            "extents": In(Extents()), "late": In(1), "slots": Out(SlotTable()),
-            "operands": Out(Operands(chip)),
+            "extents": In(Extents()), "slots": Out(SlotTable()), "operands": Out(Operands(chip)),
         })  # fmt: skip
 
     def elaborate(self, platform) -> Module:
@@ -129,10 +124,8 @@ class OperandSelect(wiring.Component):
         for name, unit in self._units.items():
             unit.finish(m, self.operands[name])
         self._place(m)
-        out, d = self.operands, self._units["d"]
-        separate = out.separate
+        separate = self.operands.separate
         m.d.comb += [
-            out.late.eq(self.late & ~d.flat),
             separate.row_less.eq(separate.row_stride - self._inner_reach(PLANES, MEM_PLANES)),
             separate.plane_less.eq(separate.plane_stride - self._inner_reach(ROWS, MEM_ROWS)),
             separate.planes_inner.eq(separate.plane_stride <= separate.row_stride),
@@ -265,10 +258,9 @@ class OperandSelect(wiring.Component):
         self, m: Module, address: Value, count: Value | int, shift: Value | int,
         flat: Value | int = 0,
     ) -> None:  # fmt: skip
-        """d, whose reach is the product TARGET, or 0 if it is flat or arrives after the go."""
-        reach = Mux(self.late | flat, 0, at(self.products, TARGET))
-        self._units["d"].set(m, address, [reach], count, shift)
-        m.d.comb += self._units["d"].flat.eq(flat)
+        """d, whose reach is the product TARGET, or 0 if it is flat."""
+        self._units["d"].set(m, address, [], count, shift)
+        m.d.comb += self.operands.targeted.eq(~Value.cast(flat)[0])
 
     def _separate(self, m: Module, many: Value, stride: Value, row_bytes: Value) -> None:
         separate = self.operands.separate
@@ -298,7 +290,6 @@ class _TileUnit:
         self.row_bytes = Signal(ROW_BITS, name=f"{name}_row_bytes")
         self.valid = Signal(name=f"{name}_valid")
         self.word = Signal(name=f"{name}_word")
-        self.flat = Signal(name=f"{name}_flat")
 
     def set(
         self, m: Module, address: Value, reach: list[Value], count: Value | int,
@@ -317,14 +308,12 @@ class _TileUnit:
 
     def finish(self, m: Module, tile: data.View) -> None:
         first = clip(self.address[:31], self.local + 1)
-        row_last = Signal(unsigned(ROW_BITS), name=f"{self.row_bytes.name}_last")
         m.d.comb += [
             self.row_bytes.eq(Mux(self.shift[1], self.count << 2,
                                   Mux(self.shift[0], self.count << 1, self.count))),
-            row_last.eq(self.row_bytes - 1),
             tile.valid.eq(self.valid), tile.acc.eq(self.address[31]),
             tile.first.eq(self.address[: self.local]),
-            tile.reached.eq(first + self.reach[0] + self.reach[1]),
+            tile.reached.eq(first + self.reach[0] + self.reach[1] - 1),
             tile.rest.eq(self.reach[2] + self.reach[3]),
-            tile.row_last.eq(clip(row_last, self.local + 1)), tile.word.eq(self.word),
+            tile.row_bytes.eq(clip(self.row_bytes, self.local + 1)), tile.word.eq(self.word),
         ]  # fmt: skip

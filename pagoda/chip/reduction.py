@@ -22,7 +22,6 @@ from pagoda.chip.vector_stages import (
     WORD,
     A,
     B,
-    C,
     Sequencer,
     destination,
     element_shift,
@@ -213,14 +212,13 @@ class ReductionSequencer(wiring.Component):
 
     @staticmethod
     def _state_out(step, state, words, indices, count, group) -> list:
-        zero, word, one = step.loads[A], step.loads[B], step.loads[C]
+        zero, word = step.loads[A], step.loads[B]
         address = Cat(state[:31], words[5][31])
         return [
             zero.load.eq(1), zero.source.eq(SCALAR), zero.scalar.eq(0),
             word.load.eq(1), word.source.eq(STATE), step.group.eq(group),
             step.indices.eq(indices),
-            one.load.eq(1), one.source.eq(SCALAR), one.scalar.eq(1),
             step.execute.compute.eq(1), step.execute.f1.eq(FUNCTION_CODES["iadd"]),
-            step.execute.f2.eq(FUNCTION_CODES["imul"]),
+            step.execute.f2.eq(FUNCTION_CODES["mov"]),
             *destination(step, address, count << 2, WORD),
         ]  # fmt: skip

@@ -2,16 +2,18 @@
 
 Every function reduces its argument to a table row and a position D in the row's segment (scaled to
 23 bits, whatever the function's w), forms the quadratic y, and rounds factor * y (+ E * 2^54) once;
-`pagoda.isa.tables` defines them, and its coefficients are the ROM. The steps, with the latency from
-which on they are cut in two at `|`:
+`pagoda.isa.tables` defines them, and its coefficients are the ROM. A cycle each:
 
-    unpack; shift: fixed point with 30 fraction bits (exp2, sin2pi), or normalise
-    negate what is negative or in an odd quarter turn; row, D, factor
-    ROM data | C2 * D                            8
-    (C1 + ...) * D
-    y = C0 + ... | factor * y                  10
-    add E * 2^54 (log2); count zeros | shift   9
-    round
+    unpack, count zeros; shift: fixed point with 30 fraction bits (exp2, sin2pi), or normalise
+    negate what is negative or in an odd quarter turn: row, D, factor; read the ROM
+    partial products C2 * D; |slope| = |C1 + C2 * D|
+    partial products |slope| * D; their sum; y = C0 +- sum
+    partial products factor * y; two sums of them and E * 2^54 (log2); the sum of these
+    count zeros; shift; round
+
+Signs of the coefficients depend on the function alone, so the products are of magnitudes. An 18-bit
+multiplier takes the upper 18 bits of D or the lower ones of factor; gates do the other 5 or 6, so
+that a unit has 5 multipliers.
 """
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
@@ -20,24 +22,25 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.float_format import (
-    INFINITY,
-    NAN,
     ROOM_BITS,
     Flow,
     leading_zeros,
     limit_lines,
-    normalise,
+    normalised,
+    places_up,
     register,
     rounded,
-    shift_right,
+    shift_down,
+    special_lane,
     unpack,
 )
 from pagoda.isa import tables
 from pagoda.isa.functions import FUNCTION_CODES
 
 COST = 2
-LATENCIES = (7, 8, 9, 10)
-"""What a unit can have; the function's own latency is one more."""
+LATENCY = 16
+UNIT_LATENCY = LATENCY - 2
+"""Cycles from a lane's operands to the one at whose end its result comes; a lane waits."""
 SUM_BITS = 62
 """Width of the frame: log2's |S| < 2^62. Its room is that of an exponent e plus 187."""
 
@@ -48,11 +51,13 @@ FUNCTIONS = {  # function: (first row in the ROM, table)
     "exp2": (768, tables.EXP2_TABLE),
     "sin2pi": (896, tables.SIN2PI_TABLE),
 }
-_C2_BITS, _C1_BITS, _C0_BITS, _D_BITS = 19, 26, 33, 23
+_C2_BITS, _C1_BITS, _C0_BITS, _D_BITS = 18, 25, 33, 23  # of magnitudes
+_PORT = 18  # bits of a multiplier
+_LOW = _D_BITS - _PORT
 _ROM_ROWS = 1024
 
 
-class TableOperation(data.StructLayout):
+class Operation(data.StructLayout):
     """One bit is 1, of the function to apply."""
 
     def __init__(self):
@@ -60,23 +65,28 @@ class TableOperation(data.StructLayout):
 
 
 def decode(m: Module, code: Value, name: str) -> data.View:
-    operation = Signal(TableOperation(), name=name)
+    """The operation of a function code; no bit is 1 for other functions."""
+    operation = Signal(Operation(), name=name)
     m.d.comb += [operation[f].eq(code == FUNCTION_CODES[f]) for f in FUNCTIONS]
     return operation
 
 
 def _rom() -> list[int]:
+    """Magnitudes: C2 is below 0 only in sin2pi, C1 in all but exp2. Where only C1 is, |slope| is
+    |C1| less the floor of a product: one more is kept here, `_slope` subtracts the rest."""
     words = [0] * _ROM_ROWS
-    for first, table in FUNCTIONS.values():
+    for function, (first, table) in FUNCTIONS.items():
+        signs = {"exp2": (1, 1), "sin2pi": (-1, -1)}.get(function, (-1, 1))
+        more = int(signs == (-1, 1))
         for row, (c0, c1, c2) in enumerate(table.tolist()):
-            if c0 >> _C0_BITS or not (
-                -(1 << _C1_BITS - 1) <= c1 < 1 << _C1_BITS - 1
-                and -(1 << _C2_BITS - 1) <= c2 < 1 << _C2_BITS - 1
-            ):
-                raise ValueError(f"coefficients {c0}, {c1}, {c2} do not fit the ROM's columns")
-            word = c2 % (1 << _C2_BITS)
-            word = word << _C1_BITS | c1 % (1 << _C1_BITS)
-            words[first + row] = word << _C0_BITS | c0
+            word = 0
+            for value, bits in (
+                (signs[1] * c2, _C2_BITS), (signs[0] * c1 + more, _C1_BITS), (c0, _C0_BITS)
+            ):  # fmt: skip
+                if not 0 <= value < 1 << bits:
+                    raise ValueError(f"{function}, row {row}: {c0}, {c1}, {c2} do not fit the ROM")
+                word = word << bits | value
+            words[first + row] = word
     return words
 
 
@@ -91,84 +101,147 @@ class _Ending(data.StructLayout):
 
 
 class TableUnit(wiring.Component):
-    """One lane a cycle; `result` is valid `latency` cycles after `x`."""
+    """One lane a cycle; `result` comes UNIT_LATENCY cycles after `x`, at the end of its cycle."""
 
-    def __init__(self, latency: int):
-        if latency not in LATENCIES:
-            raise ValueError(f"table unit: latency {latency} is none of {LATENCIES}; choose one")
-        self.latency = latency
-        super().__init__({"operation": In(TableOperation()), "x": In(32), "result": Out(32)})
+    operation: In(Operation())
+    x: In(32)
+    result: Out(32)
 
     def elaborate(self, platform):
         m = Module()
         self._reduce(m)
         flow = Flow(m)
         row, d, factor, ending = self._locate(m)
-        flow.add(d=d, factor=factor, ending=ending)
+        op = self._operation
+        falls = Signal()  # C1 is below 0, C2 is not
+        m.d.comb += falls.eq(op.recip | op.rsqrt | op.log2)
+        flow.add(d=d, factor=factor, ending=ending, falls=falls, rises=op.exp2, bends=op.sin2pi)
         flow.step()
 
         c0, c1, c2 = self._coefficients(m, row)
         flow.add(c0=c0, c1=c1, c2=c2)
-        flow.step(cycles=int(self.latency >= 8))
-        bend, signed_factor = Signal(signed(_C2_BITS)), Signal(signed(25))
-        m.d.comb += [
-            bend.eq((flow.c2 * flow.d) >> _D_BITS),
-            signed_factor.eq(Mux(flow.ending.subtract, -flow.factor, flow.factor)),
-        ]
-        flow.add(bend=bend, signed_factor=signed_factor)
-        flow.step("c2", "factor")
-
-        rise = Signal(signed(_C1_BITS + 2))
-        m.d.comb += rise.eq(((flow.c1 + flow.bend) * flow.d) >> _D_BITS)
-        flow.add(rise=rise)
-        flow.step("c1", "bend", "d")
-
-        y = Signal(_C0_BITS)
-        m.d.comb += y.eq(flow.c0 + flow.rise)
-        flow.add(y=y)
-        flow.step("c0", "rise", cycles=int(self.latency >= 10))
-        product = Signal(signed(SUM_BITS))
-        m.d.comb += product.eq(flow.signed_factor * flow.y)
-        flow.add(product=product, lines=limit_lines(flow.ending.room, SUM_BITS))
-        flow.step("signed_factor", "y")
-
-        # The low 54 bits of E * 2^54 are 0.
-        frame = Cat(flow.product[:54], flow.product[54:] + flow.ending.whole)[:SUM_BITS]
-        cuts = int(self.latency >= 9)
-        value = normalise(m, frame, flow.ending.room, flow.lines, "normal", cuts)
-        flow.step("product", "lines", cycles=cuts)
-        flow.add(value=value)
         flow.step()
 
+        low, last = self._gate_products(m, flow.c2, flow.d, "bend")
+        flow.add(high=flow.c2 * flow.d[_LOW:], low=low, last=last)
+        flow.step("c2")
+        flow.add(slope=self._slope(m, flow))
+        flow.step("c1", "high", "low", "last", "falls", "bends")
+
+        low, last = self._gate_products(m, flow.slope, flow.d, "rise")
+        flow.add(
+            high=flow.slope[:_PORT] * flow.d[_LOW:], top=flow.slope[_PORT:] * flow.d[_LOW:],
+            low=low, last=last,
+        )  # fmt: skip
+        flow.step("slope", "d")
+        rise = Signal(_C1_BITS + _D_BITS)
+        m.d.comb += rise.eq(
+            (flow.high + (flow.top << _PORT) << _LOW) + (flow.low + (flow.last << _LOW - 1))
+        )
+        flow.add(rise=rise)
+        flow.step("high", "top", "low", "last")
+        # The floor of -rise is the complement of its ceiling, so one less unless rise is whole.
+        y, falls, whole = Signal(_C0_BITS), ~flow.rises, flow.rise[_D_BITS:]
+        m.d.comb += y.eq(
+            flow.c0 + (whole ^ falls.replicate(_C0_BITS)) + (falls & ~flow.rise[:_D_BITS].any())
+        )
+        flow.add(y=y)
+        flow.step("c0", "rise", "rises")
+
+        self._multiply(m, flow)
+        flow.add(lines=limit_lines(flow.ending.room, SUM_BITS))
+        flow.step("low", "high")
+
+        flow.add(places=places_up(m, flow.frame, flow.lines, "normal"))
+        flow.step("lines")
+        flow.add(normal=normalised(m, flow.frame, flow.places, flow.ending.room, "normal"))
+        flow.step("frame", "places")
+
         ending = flow.ending
-        pattern, result = rounded(m, flow.value, ending.sign, 1, "pattern"), Signal(32)
-        with m.If(ending.nan):
-            m.d.comb += result.eq(NAN)
-        with m.Elif(ending.inf):
-            m.d.comb += result.eq(Cat(Const(INFINITY, 31), ending.sign))
-        with m.Elif(ending.zero):
-            m.d.comb += result.eq(Cat(Const(0, 31), ending.sign))
-        with m.Else():
-            m.d.comb += result.eq(pattern)
-        m.d.comb += self.result.eq(register(m, result, "result_last"))
+        special = ending.nan | ending.inf | ending.zero
+        other = special_lane(ending.nan, ending.inf, ending.sign) & special.replicate(32)
+        m.d.comb += self.result.eq(
+            rounded(m, flow.normal, ending.sign, Const(1), ~special, other, "pattern")
+        )
         return m
 
-    def _reduce(self, m: Module) -> None:
-        """Unpack and shift; the first cycle."""
-        op = self.operation
-        part = unpack(m, self.x, "parts")
-        zeros = leading_zeros(m, part.significand, "zeros")
-        right, exponent = Signal(8), Signal(signed(9))
-        m.d.comb += [
-            # significand << 30 >> right: x * 2^30 as the significand's last bit weighs
-            # 2^(field - 150), or the significand moved until bit 23 is set.
-            right.eq(Mux(op.exp2 | op.sin2pi, 150 - part.field, 30 - zeros)),
-            exponent.eq(part.field - 127 - zeros),
+    @staticmethod
+    def _gate_products(m: Module, value: Value, d: Value, name: str) -> tuple[Value, Value]:
+        """`value` times the low bits of D: (by the first four, by the last)."""
+        rows = [
+            (value & d[i].replicate(len(value))) << i if i else value & d[i].replicate(len(value))
+            for i in range(_LOW)
         ]
-        amount = right[:6] | right[6:].any().replicate(6)
-        shifted, lost = shift_right(m, Cat(Const(0, 30), part.significand), amount, "reduce")
+        pairs = [Signal(len(value) + 2, name=f"{name}_pair_{i}") for i in (0, 1)]
+        m.d.comb += [
+            pairs[0].eq(rows[0] + rows[1]),
+            pairs[1].eq((rows[2] + rows[3]) >> 2),
+        ]
+        low = Signal(len(value) + 4, name=f"{name}_low")
+        m.d.comb += low.eq(pairs[0] + (pairs[1] << 2))
+        return low, value & d[_LOW - 1].replicate(len(value))
 
-        special, negative = Signal(_Ending(), name="special"), part.sign & ~part.zero
+    @staticmethod
+    def _slope(m: Module, flow: Flow) -> Value:
+        """|C1 + floor(C2 * D / 2^23)|: both summands above 0, both below, or |C1| the greater."""
+        width = _C1_BITS + _D_BITS
+        total, low, high = Signal(width), Signal(width), Signal(width)
+        minus = flow.falls.replicate(width)
+        # Below 0, the floor is one of a magnitude that is rounded up: 2^23 - 1 more. A complement
+        # lacks 1: of the three ones that |C1| less two of them needs, the ROM has 2^23.
+        ones = Cat(flow.falls | flow.bends, flow.bends.replicate(_D_BITS - 1))
+        m.d.comb += [
+            low.eq(flow.low + (flow.last << _LOW - 1)),
+            high.eq(flow.high << _LOW),
+            total.eq((Cat(ones, flow.c1) + (high ^ minus)) + (low ^ minus)),
+        ]
+        return total[_D_BITS:]
+
+    @staticmethod
+    def _multiply(m: Module, flow: Flow) -> None:
+        """Add `frame`, whole * 2^54 +- factor * y, three cycles later."""
+        factor, y = flow.factor, flow.y
+        pairs = []
+        for i in range(_PORT, 24, 2):
+            pair = Signal(_C0_BITS + 2, name=f"pair_{i}")
+            m.d.comb += pair.eq(
+                (y & factor[i].replicate(_C0_BITS))
+                + ((y & factor[i + 1].replicate(_C0_BITS)) << 1)
+            )
+            pairs.append(pair)
+        flow.add(
+            lower=factor[:_PORT] * y[:_PORT], upper=factor[:_PORT] * y[_PORT:], pairs=Cat(pairs)
+        )
+        flow.step("factor", "y")
+        pairs = [flow.pairs.word_select(i, _C0_BITS + 2) for i in range(3)]
+        high, low = Signal(SUM_BITS - _PORT), Signal(SUM_BITS)
+        ending = flow.ending
+        m.d.comb += [
+            high.eq((pairs[0] + (pairs[1] << 2)) + ((pairs[2] << 4) + flow.upper)),
+            # Two complements lack a one each, one of them where `high` begins.
+            low.eq(
+                Cat(
+                    ending.subtract, Const(0, _PORT - 1), ending.subtract,
+                    Const(0, 53 - _PORT), ending.whole,
+                )
+                + (flow.lower ^ ending.subtract.replicate(SUM_BITS))
+            ),
+        ]  # fmt: skip
+        flow.add(high=high, low=low)
+        flow.step("lower", "upper", "pairs")
+        frame, minus = Signal(SUM_BITS), flow.ending.subtract.replicate(SUM_BITS - _PORT)
+        m.d.comb += frame.eq(Cat(flow.low[:_PORT], flow.low[_PORT:] + (flow.high ^ minus)))
+        flow.add(frame=frame)
+
+    def _reduce(self, m: Module) -> None:
+        """Unpack, and shift: the first two cycles."""
+        op = self.operation
+        part, special = unpack(m, self.x, "parts"), Signal(_Ending(), name="special")
+        zeros, right = leading_zeros(m, part.significand, "zeros"), Signal(8)
+        # significand << 31 >> right: x * 2^30 as the significand's last bit weighs
+        # 2^(field - 150), or the significand moved until bit 23 is set.
+        m.d.comb += right.eq(Mux(op.exp2 | op.sin2pi, 151 - part.field, ~zeros))
+        negative = part.sign & ~part.zero
         m.d.comb += [
             special.nan.eq(
                 part.nan | ((op.log2 | op.rsqrt) & negative) | (op.sin2pi & part.inf)
@@ -186,23 +259,40 @@ class TableUnit(wiring.Component):
             m.d.comb += [special.inf.eq(part.zero), special.zero.eq(part.inf)]
         with m.If(op.sin2pi):
             m.d.comb += special.zero.eq(part.field >= 150)
-        self._operation = register(m, op, "operation_1")
-        self._special = register(m, special, "special_1")
-        self._sign = register(m, part.sign, "sign_1")
-        self._shifted = register(m, shifted[:38], "shifted_1")
-        self._lost = register(m, lost, "lost_1")
-        self._significand = register(m, part.significand, "significand_1")
-        self._field = register(m, part.field, "field_1")
-        self._exponent = register(m, exponent, "exponent_1")
+        flow = Flow(m)
+        flow.add(
+            first_op=op, first_special=special, sign=part.sign, field=part.field, zeros=zeros,
+            significand=part.significand, right=right,
+        )  # fmt: skip
+        flow.step()
+
+        op = flow.first_op
+        amount = flow.right[:6] | flow.right[6:].any().replicate(6)
+        shifted, lost = shift_down(m, flow.significand, amount, 24 + 31, "reduce")
+        exponent, upper, odd = Signal(signed(9)), Signal(), Signal()
+        m.d.comb += [
+            exponent.eq(flow.field - 127 - flow.zeros),
+            # log2: a significand of 1.5 or more counts as 0.75 or more, with the next exponent.
+            upper.eq(op.log2 & shifted[22]),
+            odd.eq(op.sin2pi & shifted[28]),
+        ]
+        self._operation = register(m, op, "operation_2")
+        self._special = register(m, flow.first_special, "special_2")
+        self._sign = register(m, flow.sign, "sign_2")
+        self._shifted = register(m, shifted[:38], "shifted_2")
+        self._lost = register(m, lost, "lost_2")
+        self._significand = register(m, flow.significand, "significand_2")
+        self._field = register(m, flow.field, "field_2")
+        self._exponent = register(m, exponent, "exponent_2")
+        self._upper = register(m, upper, "upper_2")
+        self._odd = register(m, odd, "odd_2")
 
     def _locate(self, m: Module) -> tuple[Value, Value, Value, data.View]:
-        """(row, D, factor, ending), the second cycle."""
+        """(row, D, factor, ending), the third cycle."""
         op, shifted, sign = self._operation, self._shifted, self._sign
         significand, exponent = shifted[:24], self._exponent
-        upper, quarter = Signal(), shifted[28:30]
-        # log2: a significand of 1.5 or more counts as 0.75 or more, with the next exponent.
-        m.d.comb += upper.eq(op.log2 & significand[22])
-        number = self._negated(m, upper, op.sin2pi & quarter[0])
+        upper, quarter = self._upper, shifted[28:30]
+        number = self._negated(m, upper, self._odd)
 
         row, d, factor = Signal(10), Signal(_D_BITS), Signal(24)
         room = Signal(ROOM_BITS)
@@ -276,4 +366,4 @@ class TableUnit(wiring.Component):
         port = rom.read_port()
         m.d.comb += port.addr.eq(row)
         c1 = port.data[_C0_BITS : _C0_BITS + _C1_BITS]
-        return port.data[:_C0_BITS], c1.as_signed(), port.data[_C0_BITS + _C1_BITS :].as_signed()
+        return port.data[:_C0_BITS], c1, port.data[_C0_BITS + _C1_BITS :]

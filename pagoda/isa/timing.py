@@ -200,12 +200,12 @@ def finish(chip: Chip, rows: int) -> Duration:
 def transpose(chip: Chip, rows: int, cols: int) -> Duration:
     """L x L blocks through a register array, filled by rows and emptied by columns."""
     lanes = chip.lanes
-    return Duration(ceil_div(rows, lanes) * ceil_div(cols, lanes) * lanes + lanes, 4)
+    return Duration(ceil_div(rows, lanes) * ceil_div(cols, lanes) * lanes + lanes, 8)
 
 
 def iota(chip: Chip, rows: int, cols: int) -> Duration:
     """One group of lanes a cycle."""
-    return Duration(rows * ceil_div(cols, chip.lanes), 4)
+    return Duration(rows * ceil_div(cols, chip.lanes), 8)
 
 
 def duration(chip: Chip, touched: Access | None) -> Duration:

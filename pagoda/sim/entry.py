@@ -658,7 +658,7 @@ def _prepare_transpose(st, e):
     side = st[LANES]
     blocks = ceil_div(rows, side) * ceil_div(cols, side)
     st[e + E_OCCUPANCY] = blocks * side + side
-    st[e + E_TAIL] = 4
+    st[e + E_TAIL] = 8
     return READY
 
 
@@ -682,7 +682,7 @@ def _prepare_iota(st, e):
         return fail(st, LOCAL_OUT_OF_RANGE, details.LOCAL_BOUNDS, target, extent)
     _write_local(st, e, target, extent)
     st[e + E_OCCUPANCY] = rows * ceil_div(cols, st[LANES])
-    st[e + E_TAIL] = 4
+    st[e + E_TAIL] = 8
     return READY
 
 
