@@ -29,6 +29,7 @@ from pagoda.chip.processing_element import (
     B_BIAS,
     FloatElement,
     canonical,
+    delay,
     encode_float,
     encode_int,
 )
@@ -293,6 +294,7 @@ def test_a_float_element_needs_three_stages():
 # The element alone. -------------------------------------------------------------------------------
 
 ELEMENTS = ((3, False), (3, True), (4, True), (5, True), (6, True))  # stages, with int8
+LEAD = FloatElement.lead
 
 
 class Elements(wiring.Component):
@@ -311,7 +313,7 @@ class Elements(wiring.Component):
             m.d.comb += [
                 element.a.eq(Mux(as_int, encode_int(self.a[:8]), a)), element.swap.eq(1),
                 element.w.eq(Mux(as_int, encode_int(self.w[:8]), w)),
-                element.psum.eq(Mux(as_int, self.psum, canonical(self.psum))),
+                element.psum.eq(delay(m, Mux(as_int, self.psum, canonical(self.psum)), LEAD)),
                 getattr(self, f"out{i}").eq(element.psum_out),
             ]  # fmt: skip
         return m
@@ -326,14 +328,14 @@ def stream(model: Model, operands: list[tuple[int, int, int]], integer: int) -> 
     """The results of every element for one (a, w, psum) a cycle; without int8 only floats."""
     model["integer"] = integer
     results: list[list[int]] = [[] for _ in ELEMENTS]
-    deepest = max(stages for stages, _ in ELEMENTS)
+    deepest = LEAD + max(stages for stages, _ in ELEMENTS)
     for a, w, psum in [*operands, *[(0, 0, 0)] * deepest]:
         model["a"], model["w"], model["psum"] = a, w, psum
         model.tick()
         for i, result in enumerate(results):
             result.append(model[f"out{i}"])
     return [
-        result[stages - 1 :][: len(operands)]
+        result[LEAD + stages - 1 :][: len(operands)]
         for result, (stages, _) in zip(results, ELEMENTS, strict=True)
     ]
 

@@ -24,7 +24,8 @@ CHIPS = {
     "tiny8": replace(PRESETS["tiny8"], dram_bytes=DRAM_BYTES),
     "two": replace(PRESETS["tiny"], name="two", cores=2, dram_bytes=DRAM_BYTES),
 }
-EXACT = ("core", "index", "pc", "bank", "entry", "start", "free", "finish", "cause", "macs")
+EXACT = ("core", "index", "pc", "bank", "entry", "start", "free", "finish", "cause", "macs",
+         "dram_bytes")  # fmt: skip
 PARTS = 20
 PROGRAMS = int(os.environ.get("PAGODA_RTL_PROGRAMS", "10000"))
 FIRST_SEED = int(os.environ.get("PAGODA_FUZZ_SEED", "0"))

@@ -45,12 +45,19 @@ class Accounting(wiring.Component):
     def __init__(self, chip: Chip, loads: bool):
         self.chip, self.loads, self.lag = chip, loads, plan_lag(chip)
         self.slot_cost, self.unit = dram_slot_ratio(chip)
+        # Whether rows and table are looked at a cycle after the plan. Only a load of one atom whose
+        # slot opens in its first cycle is over before.
+        self.late = self.lag == 3
         # Whether the end is known a cycle before, so that `free` is a register. With X = 1 the
         # last row may be known in the very cycle in which the engine has to be free.
         self.ahead = int(self.slot_cost != self.unit)
         # The first cycles since the start, in which the counters hold nothing yet.
         self.table_cycles = self.lag + PRODUCT_CYCLES + self.ahead
         local_bits = max(chip.sram_bytes, chip.acc_bytes).bit_length()
+        # A load's rows, atoms and words are bounded by its destination, in which they lie apart;
+        # a store may read the same row again and again. `few` atoms are at most 2^33 bytes.
+        self.count_bits = min(local_bits, COUNT_BITS) if loads else COUNT_BITS
+        self.word_bits, self.few_bits = local_bits, local_bits if loads else 28
         self.cycle_bits = local_bits + (2 if loads else COUNT_BITS)
         super().__init__({
             "start": In(1), "job": In(Job()), "slot": In(1), "plan_valid": In(1),
@@ -65,13 +72,16 @@ class Accounting(wiring.Component):
         # that command of a few words of padding is over.
         loaded_age = lag + PRODUCT_CYCLES + 1
         age = Signal(range(loaded_age + 1))
-        planned = Signal()
+        arrives, known = Signal(), Signal()
         known_none, none = Signal(), Signal()
         m.d.comb += [
-            planned.eq(self.plan_valid & (age == lag)),
-            none.eq(Mux(planned, ~self.plan.atoms, known_none & (age > lag))),
+            arrives.eq(self.plan_valid & (age == lag)),
+            known.eq((age > lag) | (C(0) if self.late else arrives)),
+            none.eq(
+                (known_none & (age > lag)) | (C(0) if self.late else arrives & ~self.plan.atoms)
+            ),
         ]
-        with m.If(planned):
+        with m.If(arrives):
             m.d.sync += known_none.eq(~self.plan.atoms)
         with m.If(self.start):
             m.d.sync += age.eq(1)
@@ -79,17 +89,21 @@ class Accounting(wiring.Component):
             m.d.sync += age.eq(age + 1)
 
         on, paid_after, spent = self._first_slot(m, age, none)
-        plus, many, all_scanned = self._scan(m, planned, age)
-        table_hit, table_done, table_whole, whole_done = self._table(m, planned, many, spent)
+        plus, many, all_scanned = self._scan(m, arrives, known)
+        table_hit, table_done, table_whole, whole_done = self._table(m, arrives, plus, many, spent)
         loaded = age == loaded_age
-        paced, whole = self._count(m, planned, age, on, plus, many, paid_after)
-        paced_done = none | (
-            all_scanned & Mux(table_hit, table_done, loaded & paced)
+        # Rows take longer than a cycle; the last one has been looked at well before its end.
+        plus_then, many_then, scanned_then = (
+            self._later(m, value) for value in (plus, many + plus, all_scanned)
+        )
+        paced, whole = self._count(m, arrives, age, on, plus_then, many_then, paid_after)
+        paced_done = none | Mux(
+            table_hit, all_scanned & table_done, self._later(m, scanned_then) & loaded & paced
         )
         all_done = Mux(table_whole, whole_done, loaded & whole) if self.loads else C(1, 1)
         short, short_done = self._short(m, age)
         m.d.comb += done.eq(
-            busy & (short_done | ((planned | (age > lag)) & paced_done & all_done))
+            busy & (short_done | (known & paced_done & all_done) | self._one_atom(arrives, spent))
         )
         with m.If(self.start):
             m.d.sync += busy.eq(~self.job.empty & ~short)
@@ -97,6 +111,27 @@ class Accounting(wiring.Component):
             m.d.sync += busy.eq(0)
         m.d.comb += self.free.eq(~busy if ahead else ~busy | done)
         return m
+
+    def _later(self, m: Module, value: Value) -> Value:
+        """The value a cycle later, if there is time for that."""
+        if not self.late:
+            return value
+        register = Signal.like(value)
+        m.d.sync += register.eq(value)
+        return register
+
+    def _one_atom(self, arrives: Signal, spent: Value) -> Value:
+        """With a late look: the load ends in the cycle after the plan. It is one atom, or padding
+        alone."""
+        if not (self.late and self.loads):
+            return C(0, 1)
+        cycles = self.lag + 1
+        atom = C(0, 1)
+        if self.slot_cost <= cycles * self.unit:
+            low = self.plan.mem.base[:6] + Mux(self.plan.indexed, self._low, 0)
+            inside = ~(low[:6] + self.plan.ends)[6]
+            atom = self.plan.brief & inside & (spent >= cycles)
+        return arrives & Mux(self.plan.atoms, atom, self.plan.small.whole == cycles)
 
     def _first_slot(self, m: Module, age: Signal, none: Signal) -> tuple[Value, Value, Value]:
         """Whether this cycle counts; the cycles that count, up to and with this one; those up to
@@ -131,9 +166,9 @@ class Accounting(wiring.Component):
                         m.d.comb += lead.eq(1 << max(atom + local + 1 - mem - port, 0))
         return lead
 
-    def _scan(self, m: Module, planned: Signal, age: Signal) -> tuple[Value, Value, Value]:
-        """One row a cycle: whether it has one atom more than `few`; how many had (in the first
-        cycles), and whether this was the last row."""
+    def _scan(self, m: Module, arrives: Signal, known: Signal) -> tuple[Value, Value, Value]:
+        """One row a cycle: whether it has one atom more than `few`; how many before it had (in the
+        first cycles), and whether this was the last row."""
         mem = self.plan.mem
         names = {"low": 6, "ends": 6, "plane": 6, "row_step": 6, "plane_step": 6, "indexed": 1,
                  "rows": COUNT_BITS, "rows_left": COUNT_BITS, "left": COUNT_BITS}  # fmt: skip
@@ -145,19 +180,26 @@ class Accounting(wiring.Component):
         }  # fmt: skip
         kept = {name: Signal(width, name=f"scan_{name}") for name, width in names.items()}
         now = {name: Signal(width, name=f"now_{name}") for name, width in names.items()}
-        m.d.comb += [now[name].eq(Mux(planned, new[name], kept[name])) for name in names]
-        m.d.sync += [kept[name].eq(now[name]) for name in names]
+        counted, before = Signal(range(2 * self.table_cycles + 1)), Signal.like(
+            Value.cast(C(0, range(2 * self.table_cycles + 1))), name="before"
+        )
+        for name in names:
+            fresh = C(0) if self.late else arrives
+            m.d.comb += now[name].eq(Mux(fresh, new[name], kept[name]))
+            m.d.sync += kept[name].eq(now[name])
+        m.d.comb += before.eq(counted if self.late else Mux(arrives, 0, counted))
 
-        scanned, scanned_low = self.scanned, self.scanned_low
+        scanned, self._low = self.scanned, self.scanned_low
         if self.lag >= 2:  # an index is known a cycle before the plan
-            scanned, scanned_low = Signal(), Signal(6)
-            m.d.sync += [scanned.eq(self.scanned), scanned_low.eq(self.scanned_low)]
+            scanned, self._low = Signal(), Signal(6)
+            m.d.sync += [scanned.eq(self.scanned), self._low.eq(self.scanned_low)]
+        scanned, low = self._later(m, scanned), self._later(m, self._low)
         start, over = Signal(6), Signal(7)
         row, plus = Signal(), Signal()
         m.d.comb += [
-            start.eq(now["low"] + Mux(now["indexed"], scanned_low, 0)),
+            start.eq(now["low"] + Mux(now["indexed"], low, 0)),
             over.eq(start + now["ends"]),
-            row.eq((now["left"] != 0) & (scanned | ~now["indexed"])),
+            row.eq((now["left"] != 0) & (scanned | ~now["indexed"]) & known),
             plus.eq(row & over[6]),
         ]
         with m.If(row):
@@ -172,61 +214,45 @@ class Accounting(wiring.Component):
                         kept["low"].eq(now["plane"] + now["plane_step"]),
                         kept["plane"].eq(now["plane"] + now["plane_step"]),
                     ]  # fmt: skip
-        limit = 2 * self.table_cycles
-        many, counted = Signal(range(limit + 1)), Signal(range(limit + 1))
-        before = Mux(planned, 0, counted)
-        m.d.comb += many.eq(before + (plus & (before != limit)))
-        m.d.sync += counted.eq(many)
-        return plus, many, (now["left"] == 0) | (row & (now["left"] == 1))
+        m.d.sync += counted.eq(before + (plus & (before != 2 * self.table_cycles)))
+        if self.late:
+            with m.If(self.plan_valid):
+                m.d.sync += [kept[name].eq(new[name]) for name in names]
+                m.d.sync += counted.eq(0)
+        return plus, before, (now["left"] == 0) | (row & (now["left"] == 1))
 
     def _table(
-        self, m: Module, planned: Signal, many: Value, spent: Value
+        self, m: Module, arrives: Signal, plus: Value, many: Value, spent: Value
     ) -> tuple[Value, Value, Value, Value]:
         """What ends before the counters are right: whether the rows are such a case, and have
         ended; the same for the local side of a padded load."""
         plan, limit = self.plan, self.table_cycles
         x = DRAM_ATOM_BYTES / self.chip.dram_share
-        most_rows = int(limit / x)
-
-        def kept(value: Value, most: int, name: str) -> Signal:
-            """A value, or most + 1 if it is larger; it stays when the plan has gone."""
-            register, now = Signal(range(most + 2), name=f"{name}_kept"), Signal(
-                range(most + 2), name=name
-            )
-            small = Mux(value > most, most + 1, value)
-            m.d.comb += now.eq(Mux(planned, small, register))
-            m.d.sync += register.eq(now)
-            return now
-
-        def product(name: str, count: Value) -> Signal:
-            """Port words of `count` rows, limit + 1 if more."""
-            small = [Mux(v > limit, limit + 1, v) for v in (count, plan.row_words)]
-            narrow = [Signal(range(limit + 2), name=f"{name}_{i}") for i in range(2)]
-            m.d.comb += [n.eq(v) for n, v in zip(narrow, small, strict=True)]
-            return kept(narrow[0] * narrow[1], limit, name)
-
-        rows, few = kept(plan.rows, most_rows, "few_rows"), kept(plan.few, most_rows, "few_atoms")
-        local = product("few_words", plan.local_rows)
-        right = kept(plan.right_words, limit, "few_right") if self.loads else C(0, 1)
-        never = kept(plan.accumulate, 1, "long")
-        narrow_many = Signal(range(most_rows + 2))
-        m.d.comb += narrow_many.eq(Mux(many > most_rows, most_rows + 1, many))
-        cycles = Signal(range(2 * limit + 2))
-        key = Cat(rows, few, narrow_many, local)
-        with m.Switch(key):
-            for values, number in _short_transfers(x, limit, most_rows).items():
-                pattern = low = 0
-                for signal, value in zip((rows, few, narrow_many, local), values, strict=True):
-                    pattern |= value << low
-                    low += len(signal)
-                with m.Case(pattern):
-                    m.d.comb += cycles.eq(number)
-        hit = (cycles != 0) & (right <= limit) & ~never[0]
-        whole = product("few_whole", plan.all_rows) if self.loads else C(0, 1)
-        return hit, spent >= cycles + right, whole <= limit, spent >= whole
+        small, kept = Signal.like(plan.small), Signal.like(plan.small)
+        never, accumulates = Signal(), Signal()
+        fresh = C(0) if self.late else arrives
+        m.d.comb += [
+            small.eq(Mux(fresh, plan.small, kept)),
+            accumulates.eq(Mux(fresh, plan.accumulate, never)),
+        ]
+        with m.If(self.plan_valid):
+            m.d.sync += [kept.eq(plan.small), never.eq(plan.accumulate)]
+        cases = _short_transfers(x, limit)
+        hits, dones = [], []
+        for more in range(2):  # this row has no atom more, or has one
+            cycles = Signal(range(2 * limit + 2), name=f"cycles_{more}")
+            with m.Switch(Cat(small.rows, small.few, small.words, many)):
+                for (rows, few, longer, words), number in cases.items():
+                    if longer >= more:
+                        with m.Case(rows | few << 4 | words << 8 | (longer - more) << 12):
+                            m.d.comb += cycles.eq(number)
+            hits.append((cycles != 0) & (small.right <= limit) & ~accumulates)
+            dones.append(spent >= cycles + small.right)
+        hit, done = (Mux(plus, which[1], which[0]) for which in (hits, dones))
+        return hit, done, small.whole <= limit, spent >= small.whole
 
     def _count(
-        self, m: Module, planned: Signal, age: Signal, on: Value, plus: Value, many: Value,
+        self, m: Module, arrives: Signal, age: Signal, on: Value, plus: Value, many: Value,
         paid_after: Value,
     ) -> tuple[Value, Value]:  # fmt: skip
         """The counters: whether the rows end, and the local side of a padded load."""
@@ -235,11 +261,11 @@ class Accounting(wiring.Component):
         late = -(-self.slot_cost // self.unit)
 
         # Cycle 1 after the plan: products. `bonus`: cycles that come on top.
-        rows, few = Signal(COUNT_BITS), Signal(min(len(plan.few), bits))
-        local_rows, all_rows = Signal(COUNT_BITS), Signal(COUNT_BITS)
-        row_words = Signal(min(len(plan.row_words), bits))
+        counts = self.count_bits
+        rows, few, row_words = Signal(counts), Signal(self.few_bits), Signal(self.word_bits)
+        local_rows, all_rows = Signal(counts), Signal(counts)
         twice, right = Signal(), Signal(len(plan.right_words))
-        with m.If(planned):
+        with m.If(arrives):
             m.d.sync += [
                 rows.eq(plan.rows), few.eq(plan.few), local_rows.eq(plan.local_rows),
                 all_rows.eq(plan.all_rows), row_words.eq(plan.row_words),
@@ -262,39 +288,62 @@ class Accounting(wiring.Component):
             more.eq(dram + ((rows * self.slot_cost) << twice)),
         ]
         dram_bound, base = Signal(), Signal(wide)
-        extra_bits = COUNT_BITS + self.slot_cost.bit_length() + 2
-        extra, row_pay = Signal(extra_bits), Signal(COUNT_BITS + self.unit.bit_length())
+        extra_bits = counts + self.slot_cost.bit_length() + 2
+        extra, row_pay = Signal(extra_bits), Signal(counts + self.unit.bit_length())
         m.d.sync += [
             dram_bound.eq(dram >= port), base.eq(Mux(dram >= port, dram, port) + bonus),
             extra.eq(Mux(more > port, more - port, 0)), row_pay.eq(rows * self.unit),
         ]
 
-        # Cycle 3: the counters start, less what has passed. Then they run.
+        # Cycle 3: the counters start, less what has passed. Then they run. They hold one less than
+        # what is left, so that their sign says when nothing is.
         first = Signal(range(-(1 << wide), 1 << wide), name="first")
-        second_bits = COUNT_BITS + extra_bits
+        second_bits = counts + extra_bits
         second = Signal(range(-(1 << second_bits), 1 << second_bits), name="second")
+        less_first, less_second = Signal.like(first), Signal.like(second)
+        net = Signal(range(-(1 << extra_bits), 1 << extra_bits))
+        m.d.sync += net.eq(extra - row_pay)
+        m.d.comb += [less_first.eq(first - self.unit), less_second.eq(second - row_pay)]
+        first_over = first[-1]
         whole_left = Signal(bits)
-        added = Mux(plus, extra, 0)
+        pays_rows = on & first_over
         with m.If(age == self.lag + PRODUCT_CYCLES):
+            begun = Signal(range(-(self.unit * (len(paid_after) + 1) << len(paid_after)),
+                                 2 * self.slot_cost << len(many) + 1))  # fmt: skip
+            m.d.comb += begun.eq(
+                Mux(dram_bound, many * atom_cost, 0) - paid_after * self.unit - 1
+            )
             m.d.sync += [
-                first.eq(base - paid_after * self.unit + Mux(dram_bound, many * atom_cost, 0)),
-                second.eq(Mux(dram_bound, 0, many * extra)), whole_left.eq(whole - paid_after),
+                first.eq(base + begun), second.eq(Mux(dram_bound, 0, many * extra) - 1),
+                whole_left.eq(whole - paid_after),
             ]  # fmt: skip
         with m.Elif(dram_bound):
-            m.d.sync += first.eq(first + Mux(plus, atom_cost, 0) - Mux(on, self.unit, 0))
+            m.d.sync += first.eq(
+                first
+                + Mux(plus, Mux(on, atom_cost - self.unit, atom_cost), Mux(on, -self.unit, 0))
+            )
         with m.Else():
-            with m.If(on & (first > 0)):
-                m.d.sync += first.eq(first - self.unit)
-            m.d.sync += second.eq(second + added - Mux(on & (first <= 0), row_pay, 0))
+            with m.If(on & ~first_over):
+                m.d.sync += first.eq(less_first)
+            m.d.sync += second.eq(
+                second + Mux(plus, Mux(pays_rows, net, extra), Mux(pays_rows, -row_pay, 0))
+            )
         with m.If((age > self.lag + PRODUCT_CYCLES) & on & (whole_left != 0)):
             m.d.sync += whole_left.eq(whole_left - 1)
 
+        if self.late:  # no row is looked at any more
+            first_done = Mux(on, less_first[-1], first_over)
+            by_dram = first_done
+            by_port = Mux(
+                first_over, Mux(on, less_second[-1], second[-1]), first_done & second[-1]
+            )
+            return Mux(dram_bound, by_dram, by_port), whole_left <= on
         paying = on if self.ahead else C(0, 1)
-        pay = Mux(paying, self.unit, 0)
-        by_dram = first + Mux(plus, atom_cost, 0) <= pay
+        pay, added = Mux(paying, self.unit, 0), Mux(plus, extra, 0)
+        by_dram = first + Mux(plus, atom_cost, 0) < pay
         by_port = Mux(
-            first <= 0, second + added <= Mux(paying, row_pay, 0),
-            (first <= pay) & (second + added <= 0),
+            first_over, second + added < Mux(paying, row_pay, 0),
+            (first < pay) & (second + added < 0),
         )  # fmt: skip
         return Mux(dram_bound, by_dram, by_port), whole_left <= paying
 
@@ -328,10 +377,11 @@ class Accounting(wiring.Component):
         return cycles == 1, (short > 1) & (age + 1 >= short)
 
 
-def _short_transfers(x, limit: int, most_rows: int) -> dict[tuple[int, int, int, int], int]:
+def _short_transfers(x: Fraction, limit: int) -> dict[tuple[int, int, int, int], int]:
     """(rows, few, rows with one atom more, local cycles) -> T, where T is at most `limit` cycles,
     or the rows are bound locally and `local` is at most that."""
     found = {}
+    most_rows = int(limit / x)
     for rows in range(1, most_rows + 1):
         for few in range(1, most_rows // rows + 1):
             for many in range(rows + 1):

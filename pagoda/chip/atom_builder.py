@@ -4,7 +4,8 @@ Every atom takes the same cycles, whether the store covers it or one byte of it:
 twice that when it accumulates. So an atom that follows another of the same address finds every
 granule of it finished, and an atom never takes longer than its DRAM slots.
 
-    plan      which bytes of the granule are covered, how many bytes of the stream those are
+    cover     which bytes of the granule are covered
+    plan      how many bytes of the stream those are
     take      takes them from the stream; of an accumulating store the old bytes beside them
     widen     elements as they are in DRAM, or as lanes to add
     add       accumulating only: `SumLane`, then back to memory's format
@@ -38,60 +39,76 @@ def granule_bytes(chip: Chip) -> int:
 
 
 def sum_stages(chip: Chip) -> int:
-    """Depth of the adders: one cycle less than an atom takes."""
-    return min(STEPS, 2 * DRAM_ATOM_BYTES // granule_bytes(chip) - 1)
+    """Depth of the adders, with registers before and behind them where there is time: at most one
+    cycle less than an atom takes."""
+    return min(STEPS + 2, 2 * DRAM_ATOM_BYTES // granule_bytes(chip) - 1)
 
 
 class _Granule(data.StructLayout):
     """A granule on its way; the first stage has the stream's view of it, the later ones not."""
 
-    def __init__(self, granule: int, places: int):
+    def __init__(self, granule: int, places: int, width: int):
         super().__init__({
-            "mask": granule,  # bytes of DRAM that the store covers
+            "begin": range(granule + 1), "end": range(granule + 1),
+            "mask": granule,  # bytes of DRAM that the store covers: `begin` to `end` - 1
             "mode": Mode(), "part": range(2 * DRAM_ATOM_BYTES // granule),  # in half granules
             "first": 1, "last": 1,  # of its atom
             "follows": 1, "source": range(places), "place": range(places),
-            "count": range(granule + 1), "lane": range(granule),  # bytes of the stream
+            "count": range(granule + 1),  # bytes of the stream,
+            "left": range(width),  # which have to move up so many lanes of their queue
         })  # fmt: skip
 
 
 class AtomBuilder(wiring.Component):
     """Atoms come from an `AtomTable` of `places` places, the stream's bytes from a `ByteQueue` of
-    `capacity` bytes.
+    `capacity` bytes and `width` lanes.
 
     arrived   data of one read after another, in the order of the atoms that accumulate
     ready     the oldest finished atom shows in `data`; `sent` takes it
     """
 
-    def __init__(self, chip: Chip, places: int, capacity: int):
-        self.chip, self.places = chip, places
+    def __init__(self, chip: Chip, places: int, capacity: int, width: int):
+        self.chip, self.places, self.width = chip, places, width
         self.granule = granule_bytes(chip)
         super().__init__({
             "waiting": In(1), "building": In(Atom(chip)), "place": In(range(places)),
             "follows": In(1), "source": In(range(places)), "built": Out(1),
-            "level": In(range(capacity + 1)), "read_size": Out(range(self.granule + 1)),
-            "read_lane": Out(range(self.granule)), "read_data": In(8 * self.granule),
+            "level": In(range(capacity + 1)), "read": Out(1),
+            "read_size": Out(range(self.granule + 1)), "read_left": Out(range(width)),
+            "read_data": In(8 * self.granule),
             "arrived": In(1), "arrived_data": In(ATOM_BITS),
             "ready": Out(1), "data": Out(ATOM_BITS), "sent": In(1),
         })  # fmt: skip
 
     def elaborate(self, platform):
         m = Module()
-        layout = _Granule(self.granule, self.places)
+        layout = _Granule(self.granule, self.places, self.width)
         half = self.granule // 2
 
-        # Plan.
+        # Cover, plan.
+        covered, covered_valid = Signal(layout), Signal()
         planned, planned_valid, take = Signal(layout), Signal(), Signal()
         part = Signal.like(planned.part)
-        step = Signal()
-        m.d.comb += step.eq(self.waiting & (~planned_valid | take))
-        granule = self._plan(m, part, layout)
+        step, moves = Signal(), Signal()
+        m.d.comb += [
+            moves.eq(~planned_valid | take),
+            step.eq(self.waiting & (~covered_valid | moves)),
+        ]
+        head = Signal(range(self.width))  # the lane of the first byte behind what is planned
+        granule = self._cover(m, part, layout)
         m.d.comb += self.built.eq(step & granule.last)
         with m.If(step):
-            m.d.sync += [planned.eq(granule), planned_valid.eq(1)]
-            m.d.sync += part.eq(part + Mux(granule.mode.accumulate, 1, 2))
-        with m.Elif(take):
-            m.d.sync += planned_valid.eq(0)
+            m.d.sync += [
+                covered.eq(granule), covered_valid.eq(1),
+                part.eq(part + Mux(granule.mode.accumulate, 1, 2)),
+            ]  # fmt: skip
+        with m.Elif(moves):
+            m.d.sync += covered_valid.eq(0)
+        plan = self._plan(m, covered, head)
+        with m.If(moves):
+            m.d.sync += [planned.eq(plan), planned_valid.eq(covered_valid)]
+            with m.If(covered_valid):
+                m.d.sync += head.eq(head + plan.count)
 
         # Take.
         old_atoms = m.submodules.old_atoms = SyncFIFOBuffered(width=ATOM_BITS, depth=self.places)
@@ -104,7 +121,8 @@ class AtomBuilder(wiring.Component):
                 & ~(planned.first & (inside == ATOMS_INSIDE))
                 & Mux(adds, old_atoms.r_rdy, ~adding)
             ),
-            self.read_size.eq(Mux(take, planned.count, 0)), self.read_lane.eq(planned.lane),
+            self.read.eq(take), self.read_size.eq(planned.count),
+            self.read_left.eq(planned.left),
             old_atoms.w_en.eq(self.arrived), old_atoms.w_data.eq(self.arrived_data),
             old_atoms.r_en.eq(take & adds & planned.last),
         ]  # fmt: skip
@@ -164,42 +182,50 @@ class AtomBuilder(wiring.Component):
             m.d.sync += collected.eq(atom)
         return m
 
-    def _plan(self, m: Module, part: Signal, layout: _Granule) -> data.View:
-        """The granule `part` of the oldest atom that waits."""
-        granule, atom = Signal(layout), self.building
+    def _cover(self, m: Module, part: Signal, layout: _Granule) -> data.View:
+        """The granule `part` of the oldest atom that waits: the places where the covered bytes
+        begin and end."""
+        granule, atom = Signal(layout, name="granule"), self.building
         half, half_bits = self.granule // 2, ceil_log2(self.granule // 2)
         accumulate = atom.mode.accumulate
         start = Cat(C(0, half_bits), part)
         length = Mux(accumulate, half, self.granule)
-        covered = []  # where the covered bytes begin and end in the granule
-        for name, place in (("begin", atom.first), ("end", atom.first + atom.size)):
-            inside = Signal(range(self.granule + 1), name=f"covered_{name}")
+        for inside, place in (
+            (granule.begin, atom.first), (granule.end, atom.first + atom.size)
+        ):  # fmt: skip
             with m.If(place > start + length):
                 m.d.comb += inside.eq(length)
             with m.Elif(place > start):
                 m.d.comb += inside.eq(place - start)
-            covered.append(inside)
-        begin, end = covered
-        local, mem = (
-            width_code(m, atom.mode[side], f"planned_{side}") for side in ("local", "mem")
-        )
-        count, lane = end - begin, begin
-        with m.If(accumulate & (local > mem)):  # F32 into BF16
-            m.d.comb += [granule.count.eq(count << 1), granule.lane.eq(lane << 1)]
-        with m.Elif(mem > local):
-            shift = (mem - local)[:2]
-            m.d.comb += [granule.count.eq(count[: len(end)] >> shift)]
-            m.d.comb += granule.lane.eq(lane >> shift)
-        with m.Else():
-            m.d.comb += [granule.count.eq(count), granule.lane.eq(lane)]
         parts = 2 * DRAM_ATOM_BYTES // self.granule
         m.d.comb += [
-            granule.mask.eq(((1 << end) - 1) & ~((1 << begin) - 1)),
             granule.mode.eq(atom.mode), granule.part.eq(part), granule.first.eq(part == 0),
             granule.last.eq(Mux(accumulate, part == parts - 1, part == parts - 2)),
             granule.follows.eq(self.follows), granule.source.eq(self.source),
             granule.place.eq(self.place),
         ]  # fmt: skip
+        return granule
+
+    def _plan(self, m: Module, covered: data.View, head: Signal) -> data.View:
+        """The bytes of the stream for a granule."""
+        granule = Signal(covered.shape(), name="plan")
+        begin, end, accumulate = covered.begin, covered.end, covered.mode.accumulate
+        local, mem = (
+            width_code(m, covered.mode[side], f"planned_{side}") for side in ("local", "mem")
+        )
+        count, lane = end - begin, Signal(range(self.granule))
+        m.d.comb += granule.eq(covered)
+        with m.If(accumulate & (local > mem)):  # F32 into BF16
+            m.d.comb += [granule.count.eq(count << 1), lane.eq(begin << 1)]
+        with m.Elif(mem > local):
+            shift = (mem - local)[:2]
+            m.d.comb += [granule.count.eq(count[: len(end)] >> shift), lane.eq(begin >> shift)]
+        with m.Else():
+            m.d.comb += [granule.count.eq(count), lane.eq(begin)]
+        m.d.comb += [
+            granule.left.eq(lane - head),
+            granule.mask.eq(((1 << end) - 1) & ~((1 << begin) - 1)),
+        ]
         return granule
 
     def _widened(self, m: Module, stream: Signal, mode: data.View) -> Signal:
@@ -225,9 +251,10 @@ class AtomBuilder(wiring.Component):
     def _totals(self, m: Module, stream: Signal, old: Signal, mode: data.View) -> list[Value]:
         """Lanes of old + stream, some cycles later: 4 bytes of the stream or less a lane."""
         totals = []
-        lanes = self.granule // 4
+        lanes, stages = self.granule // 4, sum_stages(self.chip)
+        before, behind = (m.d.sync if stages > STEPS + i else m.d.comb for i in (1, 0))
         for i in range(lanes):
-            lane = m.submodules[f"lane_{i}"] = SumLane(sum_stages(self.chip))
+            lane = m.submodules[f"lane_{i}"] = SumLane(min(stages, STEPS))
             raw = Signal(32, name=f"tile_{i}")
             with m.Switch(mode.local):
                 for dtype in (DType.BF16, DType.I8):
@@ -238,13 +265,18 @@ class AtomBuilder(wiring.Component):
             added, _ = decode_element(
                 m, raw, mode.local, f"added_{i}", (DType.F32, DType.BF16, DType.I32, DType.I8)
             )
-            m.d.comb += [lane.added.eq(added), lane.integer.eq(mode.mem == DType.I32)]
-            m.d.comb += lane.old.eq(Cat(C(0, 16), old.word_select(i, 16)))
+            old_element, total = Signal(32, name=f"old_{i}"), Signal(32, name=f"total_{i}")
+            before += [
+                lane.added.eq(added), lane.integer.eq(mode.mem == DType.I32),
+                lane.old.eq(old_element),
+            ]  # fmt: skip
+            behind += total.eq(lane.total)
+            m.d.comb += old_element.eq(Cat(C(0, 16), old.word_select(i, 16)))
             # Lanes of the upper half are there for BF16 alone, of which twice as many fit.
             if 2 * i < lanes:
                 with m.If(mode.mem != DType.BF16):
-                    m.d.comb += lane.old.eq(old.word_select(i, 32))
-            totals.append(lane.total)
+                    m.d.comb += old_element.eq(old.word_select(i, 32))
+            totals.append(total)
         return totals
 
     def _stored(self, m: Module, totals: list[Value], mode: data.View) -> Signal:

@@ -9,13 +9,13 @@ with the slots. Requests wait when the atoms under way and not yet taken would n
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed
+from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
-from pagoda.chip.formats import decode_element, encode_element
+from pagoda.chip.formats import BF16_NAN
 from pagoda.chip.interfaces import ATOM_BITS, DramPort, Side, dram_slot_ratio
 from pagoda.chip.launch_signals import Overflow
 from pagoda.chip.transfer import Plan, local_shift, mem_shift
@@ -40,90 +40,138 @@ def atoms_under_way(chip: Chip) -> int:
     return -(-(chip.dram_latency + ATOM_REGISTERS) * denominator // numerator) + 3
 
 
+class _Command(data.StructLayout):
+    """What becomes of an atom's elements; at most one of the conversions, none of them copies."""
+
+    def __init__(self):
+        super().__init__({
+            "to_bf16": 1, "to_i8": 1, "saturated": 1,  # int64 as int32
+            "long": 1,  # elements are int64
+            "narrower": 2,  # log2 of how much shorter the stream is than the atom
+            "pc": 32, "index": 32,
+        })  # fmt: skip
+
+
 class AtomStream(wiring.Component):
     """valid, plan, late_slot, row_valid, row_offset, row_next
                   as in `DmaFront`
     room          two pieces would still find place behind `size`
-    size, data    bytes of the stream, the first one lowest
+    size, data    bytes of the stream
+    left          lanes that `data` have to move up in a `ByteQueue` of `width` lanes
     launch        clears `overflow`
     """
 
-    def __init__(self, chip: Chip):
-        self.chip, self.piece_bytes = chip, piece_bytes(chip)
+    def __init__(self, chip: Chip, width: int):
+        self.chip, self.piece_bytes, self.width = chip, piece_bytes(chip), width
         super().__init__({
             "valid": In(1), "plan": In(Plan()), "late_slot": In(1), "row_valid": In(1),
             "row_offset": In(signed(ROW_OFFSET_BITS)), "row_next": Out(1),
             "dram": Out(DramPort()), "room": In(1), "size": Out(range(self.piece_bytes + 1)),
-            "data": Out(8 * self.piece_bytes), "launch": In(1), "overflow": Out(Overflow()),
+            "data": Out(8 * self.piece_bytes), "left": Out(range(width)),
+            "launch": In(1), "overflow": Out(Overflow()),
         })  # fmt: skip
 
     def elaborate(self, platform) -> Module:
         m = Module()
+        size, bits = self.piece_bytes, (self.piece_bytes - 1).bit_length()
         walker = self._walk(m)
-        places = SyncFIFO(width=14, depth=atoms_under_way(self.chip))
+        # Where an atom's bytes begin and end, as piece and byte in it.
+        place_bits = 6 - bits
+        place = data.StructLayout({
+            "first": place_bits, "low": bits, "end": place_bits, "high": bits, "last": 1,
+        })  # fmt: skip
+        places = SyncFIFO(width=place.size, depth=atoms_under_way(self.chip))
         atoms = SyncFIFO(width=ATOM_BITS, depth=places.depth)
-        command = data.StructLayout({"mem": 4, "local": 4, "pc": 32, "index": 32})
-        commands = SyncFIFO(width=command.size, depth=self.chip.window)
+        commands = SyncFIFO(width=_Command().size, depth=self.chip.window)
         m.submodules.places, m.submodules.atoms, m.submodules.commands = places, atoms, commands
 
-        entering = Signal(command)
+        last_byte = Signal(6)
         m.d.comb += [
             walker.step.eq(self.late_slot & places.w_rdy),
             self.dram.read.eq(walker.active & walker.step),
             self.dram.read_address.eq(walker.address & -DRAM_ATOM_BYTES),
+            last_byte.eq(walker.address[:6] + walker.size - 1),
             places.w_en.eq(self.dram.read),
-            places.w_data.eq(Cat(walker.address[:6], walker.size, walker.last)),
-            entering.mem.eq(self.plan.mem_code), entering.local.eq(self.plan.local_code),
-            entering.pc.eq(self.plan.pc), entering.index.eq(self.plan.index),
-            commands.w_en.eq(self.valid & self.plan.atoms), commands.w_data.eq(entering),
+            places.w_data.eq(
+                Cat(walker.address[bits:6], walker.address[:bits], last_byte[bits:],
+                    last_byte[:bits], walker.last)
+            ),
+            commands.w_en.eq(self.valid & self.plan.atoms),
+            commands.w_data.eq(self._entering(m)),
         ]  # fmt: skip
 
-        # Take the next aligned piece of the oldest atom, which may just arrive; its first byte
-        # goes to the lowest place.
-        size, bits = self.piece_bytes, (self.piece_bytes - 1).bit_length()
-        first, atom_size, last = places.r_data[:6], places.r_data[6:13], places.r_data[13]
-        begun, number, next_number = Signal(), Signal(7 - bits), Signal(7 - bits)
-        end, low, count = Signal(6), Signal(bits), Signal(range(size + 1))
+        # Take the next piece of the oldest atom, which may just arrive.
+        atom, command = data.View(place, places.r_data), data.View(_Command(), commands.r_data)
+        begun, number, next_number = Signal(), Signal(place_bits), Signal(place_bits)
         take, atom_ends, taken = Signal(), Signal(), Signal()
+        low, count = Signal(bits), Signal(range(size + 1))
         m.d.comb += [
-            take.eq((atoms.r_rdy | self.dram.valid) & self.room), end.eq(first + atom_size - 1),
-            number.eq(Mux(begun, next_number, first[bits:])),
-            low.eq(Mux(begun, 0, first[:bits])),
-            atom_ends.eq(number == end[bits:]),
-            count.eq(Mux(atom_ends, end[:bits] + 1, size) - low),
+            take.eq((atoms.r_rdy | self.dram.valid) & self.room),
+            number.eq(Mux(begun, next_number, atom.first)),
+            atom_ends.eq(number == atom.end),
+            low.eq(Mux(begun, 0, atom.low)),
+            count.eq(Mux(atom_ends, atom.high, size - 1) - low + 1),
             taken.eq(take & atom_ends), atoms.r_en.eq(taken),
             atoms.w_en.eq(self.dram.valid & (atoms.r_rdy | ~taken)),
             atoms.w_data.eq(self.dram.data),
-            places.r_en.eq(taken), commands.r_en.eq(taken & last),
+            places.r_en.eq(taken), commands.r_en.eq(taken & atom.last),
         ]  # fmt: skip
         with m.If(take):
             m.d.sync += [begun.eq(~atom_ends), next_number.eq(number + 1)]
-        piece, piece_size = Signal(8 * size, reset_less=True), Signal(range(size + 1))
-        now = Signal(command, reset_less=True)
-        chosen = Mux(
-            atoms.r_rdy, atoms.r_data.word_select(number, 8 * size),
-            self.dram.data.word_select(number, 8 * size),
+        chosen = Signal(8 * size)
+        m.d.comb += chosen.eq(
+            Mux(
+                atoms.r_rdy, atoms.r_data.word_select(number, 8 * size),
+                self.dram.data.word_select(number, 8 * size),
+            )
         )  # fmt: skip
+
+        # Its bytes go into the queue in the next cycle, right behind those of the piece before.
+        taken_size = Signal(range(size + 1))
+        lane = Signal(range(self.width))  # of the first byte behind what was taken
+        now = Signal(_Command(), reset_less=True)
         m.d.sync += [
-            piece_size.eq(Mux(take, count, 0)), piece.eq(chosen >> (low << 3)),
-            now.eq(commands.r_data),
+            taken_size.eq(Mux(take, count >> command.narrower, 0)),
+            self.left.eq(lane + taken_size - (low >> command.narrower)),
+            lane.eq(lane + taken_size), now.eq(command),
         ]
-        overflowed = self._narrow(m, piece, piece_size, now)
+        m.d.comb += self.size.eq(taken_size)
+        lost = self._narrow(m, chosen, low, count, now)
+        overflowed = Signal()
+        pc, index = Signal(32, reset_less=True), Signal(32, reset_less=True)
+        m.d.sync += [
+            overflowed.eq(lost & (taken_size != 0)), pc.eq(now.pc), index.eq(now.index)
+        ]  # fmt: skip
         with m.If(self.launch):
             m.d.sync += self.overflow.valid.eq(0)
         with m.Elif(overflowed & ~self.overflow.valid):
             m.d.sync += [
-                self.overflow.valid.eq(1), self.overflow.pc.eq(now.pc),
-                self.overflow.command.eq(now.index),
+                self.overflow.valid.eq(1), self.overflow.pc.eq(pc),
+                self.overflow.command.eq(index),
             ]  # fmt: skip
         return m
+
+    def _entering(self, m: Module) -> Signal:
+        """The command of a plan."""
+        command, plan = Signal(_Command()), self.plan
+        mem, local, narrows = Signal(3), Signal(3), Signal()
+        m.d.comb += [
+            mem.eq(mem_shift(plan.mem_code)), local.eq(local_shift(plan.local_code) + 1),
+            narrows.eq(mem > local), command.narrower.eq(Mux(narrows, mem - local, 0)),
+            command.long.eq(plan.mem_code == DType.I64),
+            command.to_bf16.eq(narrows & (plan.local_code == DType.BF16)),
+            command.to_i8.eq(narrows & (plan.local_code == DType.I8)),
+            command.saturated.eq(narrows & (plan.local_code == DType.I32)),
+            command.pc.eq(plan.pc), command.index.eq(plan.index),
+        ]  # fmt: skip
+        return command
 
     def _walk(self, m: Module) -> PieceWalker:
         """The walker through the plans' atoms. The one before is through when a plan comes: its
         slots are over. Should it ever be late, one plan waits."""
         chip = self.chip
         walker = m.submodules.walker = PieceWalker(
-            DRAM_ATOM_BYTES, True, max(ceil_log2(chip.dram_bytes), 32),
+            DRAM_ATOM_BYTES, True, ceil_log2(chip.dram_bytes),
             max(chip.sram_bytes, chip.acc_bytes).bit_length() + 3,
         )
         what = data.StructLayout({"side": Side(), "indexed": 1})
@@ -144,36 +192,65 @@ class AtomStream(wiring.Component):
             m.d.sync += waits.eq(0)
         return walker
 
-    def _narrow(self, m: Module, piece: Signal, size: Signal, command) -> Value:
-        """Drives `size` and `data`; whether an int64 of the piece did not fit."""
+    def _narrow(self, m: Module, chosen: Signal, low: Signal, count: Signal, command) -> Value:
+        """Drives `data`, one cycle after a piece was chosen; whether an int64 of it did not fit.
+
+        What has to be known of the elements is found out in the first cycle: float32 rounded to
+        BF16 and which ones are NaN, and which integers fit.
+        """
         words, longs = self.piece_bytes // 4, self.piece_bytes // 8
-        small, saturated, lost = [], [], []
-        is_long = command.mem == DType.I64
-        for i in range(longs):
-            lane, over = decode_element(
-                m, piece.word_select(i, 64), command.mem, f"long_{i}", (DType.I64,)
-            )
-            saturated.append(lane)
-            lost.append(over & (size > 8 * i))
+        piece = Signal.like(chosen, reset_less=True)
+        m.d.sync += piece.eq(chosen)
+
+        def known(name: str, value: Value) -> Signal:
+            register = Signal.like(value, name=name, reset_less=True)
+            m.d.sync += register.eq(value)
+            return register
+
+        halves, byte_fits = [], []
         for i in range(words):
-            lane = piece.word_select(i, 32)
-            if i < longs:
-                lane = Mux(is_long, saturated[i], lane)
-            small.append(
-                encode_element(m, lane, command.local, f"word_{i}", (DType.BF16, DType.I8))
+            lane = chosen.word_select(i, 32)
+            up = lane[15] & (lane[:15].any() | lane[16])
+            rounded = known(f"rounded_{i}", Mux(up, (lane[16:] + 1)[:16], lane[16:]))
+            is_nan = known(f"nan_{i}", lane[23:31].all() & lane[:23].any())
+            halves.append(Mux(is_nan, C(BF16_NAN, 16), rounded))
+            byte_fits.append(known(f"byte_fits_{i}", lane[7:31] == lane[31].replicate(24)))
+        word_fits, lost = [], []
+        end = Signal(range(self.piece_bytes + 1))
+        m.d.comb += end.eq(low + count)
+        for i in range(longs):
+            long = chosen.word_select(i, 64)
+            word_fits.append(known(f"word_fits_{i}", long[31:63] == long[63].replicate(32)))
+            inside = known(f"inside_{i}", (low <= 8 * i) & (end > 8 * i))
+            lost.append(inside & ~word_fits[i])
+
+        def saturated(fits: Value, low_bits: Value, sign: Value) -> Value:
+            return Mux(fits, low_bits, Cat((~sign).replicate(len(low_bits) - 1), sign))
+
+        saturated_words = Cat(
+            saturated(fits, piece.word_select(i, 64)[:32], piece[64 * i + 63])
+            for i, fits in enumerate(word_fits)
+        )
+        bytes_of_words = [
+            saturated(fits, piece.word_select(i, 32)[:8], piece[32 * i + 31])
+            for i, fits in enumerate(byte_fits)
+        ]
+        bytes_of_longs = [
+            saturated(
+                fits & byte_fits[2 * i], piece.word_select(i, 64)[:8], piece[64 * i + 63]
             )
-        mem, local = Signal(3), Signal(3)
-        m.d.comb += [
-            mem.eq(mem_shift(command.mem)), local.eq(local_shift(command.local) + 1),
-            self.size.eq(size), self.data.eq(piece),
+            for i, fits in enumerate(word_fits)
         ]  # fmt: skip
-        with m.If(mem > local):
-            m.d.comb += self.size.eq(size >> (mem - local)[:2])
-            with m.Switch(command.local):
-                with m.Case(DType.BF16):
-                    m.d.comb += self.data.eq(Cat(raw[:16] for raw in small))
-                with m.Case(DType.I8):
-                    m.d.comb += self.data.eq(Cat(raw[:8] for raw in small))
-                with m.Default():
-                    m.d.comb += self.data.eq(Cat(saturated))
-        return is_long & Cat(lost).any()
+        copied = ~(command.to_bf16 | command.to_i8 | command.saturated)
+        from_longs = command.to_i8 & command.long
+        from_words = command.to_i8 & ~command.long
+        sources = (
+            (copied, piece), (command.to_bf16, Cat(halves)),
+            (command.saturated, saturated_words), (from_words, Cat(bytes_of_words)),
+            (from_longs, Cat(bytes_of_longs)),
+        )  # fmt: skip
+        total: Value = C(0, 1)
+        for is_it, value in sources:
+            total = total | (value & is_it.replicate(len(value)))
+        m.d.comb += self.data.eq(total)
+        return command.long & Cat(lost).any()

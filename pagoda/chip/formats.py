@@ -21,7 +21,7 @@ LOCAL = (DType.F32, DType.BF16, DType.I32, DType.I8)
 
 _F8_NAN, _F8_LARGEST = 0x7F, 0x7E
 _F8_TO_F32_BIAS = 127 - 7
-_BF16_NAN = 0x7FC0
+BF16_NAN = 0x7FC0
 
 
 def decode_element(
@@ -136,24 +136,34 @@ def _to_bf16(m: Module, lane: Value, name: str) -> Value:
     up = Signal(name=f"{name}_bf16_up")
     m.d.comb += up.eq(lane[15] & (lane[:15].any() | lane[16]))
     # Rounding never carries out: an infinity drops nothing and a NaN is replaced.
-    return Mux(_is_nan(lane), C(_BF16_NAN, 16), (lane[16:] + up)[:16])
+    return Mux(_is_nan(lane), C(BF16_NAN, 16), (lane[16:] + up)[:16])
 
 
 def _to_f8(m: Module, lane: Value, name: str) -> Value:
     exponent, fraction, sign = lane[23:31], lane[:23], lane[31]
-    first_normal = _F8_TO_F32_BIAS + 1
-    # Below the first normal exponent the significand moves right; five places round all to 0.
-    normal, distance = Signal(name=f"{name}_f8_normal"), Signal(3, name=f"{name}_f8_distance")
-    shifted = Signal(29, name=f"{name}_f8_shifted")
-    kept, code = Signal(5, name=f"{name}_f8_kept"), Signal(12, name=f"{name}_f8_code")
-    below = first_normal - exponent
+
+    def rounded(dropped: int, kept: Value) -> Value:
+        """`kept` after `dropped` bits of the fraction."""
+        return kept + (fraction[dropped - 1] & (fraction[: dropped - 1].any() | kept[0]))
+
+    # Normal: from one bias to the other; a carry out of the fraction enters the exponent.
+    normal, code = Signal(name=f"{name}_f8_normal"), Signal(12, name=f"{name}_f8_code")
+    up = fraction[19] & (fraction[:19].any() | fraction[20])
+    # Below, in units of 2^-9: the exponents of 4, 2 and 1, and of a half.
+    least = Signal(4, name=f"{name}_f8_least")
     m.d.comb += [
-        normal.eq(exponent >= first_normal),
-        distance.eq(Mux(normal, 0, Mux(exponent >= first_normal - 5, below[:3], 5))),
-        shifted.eq(Cat(C(0, 5), fraction, exponent.any()) >> distance),
-        kept.eq(shifted[25:] + (shifted[24] & (shifted[:24].any() | shifted[25]))),
-        # The leading one in `kept` is worth one step of the exponent.
-        code.eq((Mux(normal, (exponent - first_normal)[:8], 0) << 3) + kept),
+        normal.eq(exponent[7] | (exponent[3:7].all() & exponent[:3].any())),
+        code.eq(Cat(fraction[20:], exponent) + Cat(up, C(-8 * _F8_TO_F32_BIAS >> 1, 11))),
     ]
+    with m.Switch(exponent):
+        with m.Case(_F8_TO_F32_BIAS):
+            m.d.comb += least.eq(rounded(21, Cat(fraction[21:], 1)))
+        with m.Case(_F8_TO_F32_BIAS - 1):
+            m.d.comb += least.eq(rounded(22, Cat(fraction[22], 1)))
+        with m.Case(_F8_TO_F32_BIAS - 2):
+            m.d.comb += least.eq(1 + fraction[22])
+        with m.Case(_F8_TO_F32_BIAS - 3):
+            m.d.comb += least.eq(fraction.any())
     limited = Mux(code > _F8_LARGEST, C(_F8_LARGEST, 7), code[:7])
-    return Cat(Mux(_is_nan(lane), C(_F8_NAN, 7), limited), sign)
+    magnitude = Mux(normal, limited, Cat(least, C(0, 3)))
+    return Cat(Mux(_is_nan(lane), C(_F8_NAN, 7), magnitude), sign)

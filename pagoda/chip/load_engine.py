@@ -16,7 +16,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
-from pagoda.chip.atom_stream import AtomStream
+from pagoda.chip.atom_stream import AtomStream, piece_bytes
 from pagoda.chip.byte_queue import ByteQueue
 from pagoda.chip.dma_front import DmaFront
 from pagoda.chip.interfaces import DramPort, EngineControl, LocalWrite, SideRead
@@ -46,12 +46,13 @@ class LoadEngine(wiring.Component):
         m = Module()
         port = self.chip.port_bytes
         front = m.submodules.front = DmaFront(self.chip, loads=True)
-        stream = m.submodules.stream = AtomStream(self.chip)
         # A piece counts in `level` two cycles after it was taken. With this much room the level
         # never falls below a word because pieces had to wait.
-        capacity = 8 << ceil_log2(max(stream.piece_bytes, port))
-        queue = m.submodules.queue = ByteQueue(stream.piece_bytes, port, capacity)
-        writer = m.submodules.writer = TileWriter(self.chip, capacity)
+        pieces = piece_bytes(self.chip)
+        capacity = 8 << ceil_log2(max(pieces, port))
+        queue = m.submodules.queue = ByteQueue(pieces, port, capacity)
+        stream = m.submodules.stream = AtomStream(self.chip, queue.width)
+        writer = m.submodules.writer = TileWriter(self.chip, capacity, queue.width)
         connect(m, flipped(self.control), front.control)
         connect(m, flipped(self.side), front.side)
         connect(m, flipped(self.dram), stream.dram)
@@ -62,10 +63,12 @@ class LoadEngine(wiring.Component):
             stream.late_slot.eq(front.late_slot), stream.row_valid.eq(front.row_valid),
             stream.row_offset.eq(front.row_offset), front.row_next.eq(stream.row_next),
             stream.launch.eq(self.launch), self.overflow.eq(stream.overflow),
-            stream.room.eq(queue.level <= capacity - 2 * stream.piece_bytes),
+            stream.room.eq(queue.level <= capacity - 2 * pieces),
             queue.write_size.eq(stream.size), queue.write_data.eq(stream.data),
+            queue.write_left.eq(stream.left),
             writer.valid.eq(front.valid), writer.plan.eq(front.plan),
             writer.level.eq(queue.level), writer.read_data.eq(queue.read_data),
-            queue.read_size.eq(writer.read_size), queue.read_lane.eq(writer.read_lane),
+            queue.read.eq(writer.read), queue.read_size.eq(writer.read_size),
+            queue.read_left.eq(writer.read_left),
         ]  # fmt: skip
         return m

@@ -7,8 +7,8 @@ reach into the next bank.
     request   where the first word and its successor are (`Place`); writers rotate their bytes into
               the lanes (byte positions of a word) in which they are kept
     bank      takes over the request of its one user; in the next cycle it has an even and an odd
-              word and takes from them, lane by lane, what its user asked for
-    port      takes every lane from one of two banks and rotates the first byte to the bottom
+              word and takes from them, lane by lane, what its user asked for; other lanes are 0
+    port      ORs the lanes of its one or two banks and rotates the first byte to the bottom
 
 The window gives a bank port to one command at a time, so a bank ORs what its users ask;
 `conflict` reports two users.
@@ -77,8 +77,8 @@ class PlacedWrite(data.StructLayout):
 class BankedMemory(wiring.Component):
     """The banks of SRAM or ACC. A request is taken in every cycle in which it uses a word.
 
-    lanes[b]: in the next cycle and until bank b's next read, the bytes that were asked of bank b,
-    each in its lane; the other lanes are undefined.
+    asked[r]: the banks that reader r uses, a bit each. lanes[b]: in the next cycle and until bank
+    b's next read, the bytes that were asked of bank b, each in its lane; 0 in the other lanes.
     """
 
     def __init__(self, chip: Chip, memory: str, readers: int, writers: int):
@@ -87,6 +87,7 @@ class BankedMemory(wiring.Component):
         self.words = chip.bank_bytes(memory) // chip.port_bytes  # of one bank
         super().__init__({
             "read": In(Place(chip)).array(readers), "write": In(PlacedWrite(chip)).array(writers),
+            "asked": Out(self.banks).array(readers),
             "lanes": Out(8 * chip.port_bytes).array(self.banks), "conflict": Out(1),
         })  # fmt: skip
 
@@ -104,7 +105,12 @@ class BankedMemory(wiring.Component):
             writes = self._hits(m, f"write_{bank}", bank, [port.place for port in self.write])
             readers = [hit.any() for hit in reads]
             conflicts += [_several(readers), _several([hit.any() for hit in writes])]
-            words = []
+            m.d.comb += [self.asked[i][bank].eq(reader) for i, reader in enumerate(readers)]
+            user, used = Signal(Place(self.chip), name=f"user_{bank}"), Cat(readers).any()
+            with m.If(used):
+                m.d.sync += user.eq(select(readers, [Value.cast(place) for place in self.read]))
+            below = ~_from(user.offset)  # lanes of the user's second word
+            shown = []
             for parity in (0, 1):
                 if self.words == 1 and bank % 2 != parity:
                     continue  # a bank of one word has one macro
@@ -113,19 +119,16 @@ class BankedMemory(wiring.Component):
                     attrs={"no_rw_check": 1},
                 )  # fmt: skip
                 m.submodules[f"bank{bank}_{('even', 'odd')[parity]}"] = macro
-                words.append(self._read(m, macro, parity, [hit[parity] for hit in reads]))
+                word = self._read(m, macro, parity, [hit[parity] for hit in reads])
                 self._write(m, macro, parity, writes)
-            user = Signal(Place(self.chip), name=f"user_{bank}")
-            with m.If(Cat(readers).any()):
-                m.d.sync += user.eq(select(readers, [Value.cast(place) for place in self.read]))
-            if len(words) == 1:
-                m.d.comb += self.lanes[bank].eq(words[0])
-            else:
-                even, odd = words
-                own = Signal(len(even), name=f"own_{bank}")  # lanes of the user's first word
-                m.d.comb += own.eq(_from(user.offset, 8))
-                first, second = Mux(user.odd, odd, even), Mux(user.odd, even, odd)
-                m.d.comb += self.lanes[bank].eq((first & own) | (second & ~own))
+                asked = Signal(name=f"asked_{bank}_{parity}")
+                with m.If(used):
+                    m.d.sync += asked.eq(Cat(hit[parity] for hit in reads).any())
+                own = Signal(self.chip.port_bytes, name=f"own_{bank}_{parity}")
+                second = user.odd ^ parity
+                m.d.comb += own.eq(Mux(asked, Mux(second, below, ~below), 0))
+                shown.append(word & _bytes(own))
+            m.d.comb += self.lanes[bank].eq(reduce(or_, shown))
         m.d.comb += self.conflict.eq(Cat(conflicts).any())
         return m
 
@@ -174,10 +177,14 @@ def _several(bits: list[Value]) -> Value:
     return sum(bits, C(0)) > 1
 
 
-def _from(lane: Value, bits: int = 1) -> Value:
-    """`bits` bits for each of the 2 ** len(lane) lanes: ones from `lane` on."""
-    width = bits << len(lane)
-    return (C((1 << width) - 1) << Cat(C(0, bits.bit_length() - 1), lane))[:width]
+def _from(lane: Value) -> Value:
+    """A bit for each of the 2 ** len(lane) lanes: ones from `lane` on."""
+    return Cat(lane <= number for number in range(1 << len(lane)))
+
+
+def _bytes(lanes: Value) -> Value:
+    """Eight bits for each bit."""
+    return Cat(lane.replicate(8) for lane in lanes)
 
 
 def _rotated(m: Module, name: str, value: Value, lanes: Value, left: bool) -> Value:
@@ -291,58 +298,48 @@ class LocalMemory(wiring.Component):
                     Mux(self.freeze, side, port.address[: len(side)]),
                     Mux(self.freeze, self.chip.port_bytes, port.size), self.freeze | enabled,
                 )  # fmt: skip
-            read = self._way(m, name, request, sram, acc)
-            m.d.comb += port.data.eq(read)
-            if name in SRAM_READERS:
-                kept = Signal(len(port.data), name=f"{name}_kept")
-                with m.If(saving):
-                    m.d.sync += kept.eq(read)
-                with m.If(saved):
-                    m.d.comb += port.data.eq(kept)
+            lanes, late, asked = self._way(m, name, request, sram, acc)
+            kept = Signal(len(port.data), name=f"{name}_kept")
             if name == SIDE_WAY:
-                side_read = read
+                side_read = _rotated(m, name, lanes, late.offset, left=False)
+                with m.If(saving):
+                    m.d.sync += kept.eq(side_read)
+                m.d.comb += port.data.eq(Mux(saved, kept, side_read))
+                continue
+            if name in SRAM_READERS:  # what is saved takes the place of the banks' lanes
+                with m.If(enabled):
+                    m.d.sync += kept.eq(0)
+                with m.If(saving):
+                    m.d.sync += [kept.eq(lanes), asked.eq(0)]
+                lanes = lanes | kept
+            m.d.comb += port.data.eq(_rotated(m, name, lanes, late.offset, left=False))
         return side_read
 
     def _way(
         self, m: Module, name: str, request: _Request, sram: BankedMemory, acc: BankedMemory
-    ) -> Value:
-        """Ask the banks; what they show in the next cycle, the first byte lowest."""
+    ) -> tuple[Value, data.View, Signal]:
+        """Ask the banks. What they show in the next cycle, each byte in its lane; the place that
+        was asked for and the banks, in registers."""
         place = self._place(m, name, request.enable, request.address, request.size)
-        late, late_acc = Signal.like(place), Signal(name=f"{name}_late_acc")
-        with m.If(request.moving):
-            m.d.sync += [late.eq(place), late_acc.eq(request.acc)]
-        parts = []
-        for memory, names, others, here, shown in (
-            (sram, SRAM_READERS, ACC_READERS, ~request.acc, ~late_acc),
-            (acc, ACC_READERS, SRAM_READERS, request.acc, late_acc),
+        late = Signal.like(place)
+        now, shown = [], []
+        for memory, names, others, here in (
+            (sram, SRAM_READERS, ACC_READERS, ~request.acc),
+            (acc, ACC_READERS, SRAM_READERS, request.acc),
         ):
             if name not in names:
                 continue
-            if name not in others:  # its `acc` means nothing
-                here = shown = C(1)
-            asked = memory.read[names.index(name)]
-            m.d.comb += [asked.eq(place), asked.used.eq(Mux(here, place.used, 0))]
-            parts += self._lanes(m, f"{name}_{len(parts)}", memory, late, shown)
-        lanes = Signal(len(parts[0]), name=f"{name}_lanes")
-        m.d.comb += lanes.eq(reduce(or_, parts))
-        return _rotated(m, name, lanes, late.offset, left=False)
-
-    def _lanes(
-        self, m: Module, name: str, memory: BankedMemory, late: data.View, shown: Value
-    ) -> list[Value]:
-        """Per bank, the bytes asked for at `late`, each in its lane; 0 elsewhere."""
-        even, odd = memory.bank(late, 0), memory.bank(late, 1)
-        first, second = Signal.like(even, name=f"{name}_first"), Signal.like(odd)
-        own = Signal(8 * self.chip.port_bytes, name=f"{name}_own")  # lanes of the first word
-        m.d.comb += [
-            first.eq(Mux(late.odd, odd, even)), second.eq(Mux(late.odd, even, odd)),
-            own.eq(_from(late.offset, 8)),
-        ]  # fmt: skip
-        return [
-            lanes
-            & (Mux(shown & (first == bank), own, 0) | Mux(shown & (second == bank), ~own, 0))
-            for bank, lanes in enumerate(memory.lanes)
-        ]
+            number = names.index(name)
+            used = Mux(here, place.used, 0) if name in others else place.used
+            m.d.comb += [memory.read[number].eq(place), memory.read[number].used.eq(used)]
+            now.append(memory.asked[number])
+            shown += memory.lanes
+        asked = Signal(len(shown), name=f"{name}_asked")
+        with m.If(request.moving):
+            m.d.sync += [late.eq(place), asked.eq(Cat(now))]
+        lanes = Signal(len(shown[0]), name=f"{name}_lanes")
+        m.d.comb += lanes.eq(select(asked, shown))
+        return lanes, late, asked
 
     def _writes(self, m: Module, sram: BankedMemory, acc: BankedMemory, enabled: Value) -> None:
         lanes = self.chip.port_bytes

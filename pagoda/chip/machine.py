@@ -11,13 +11,14 @@ from pathlib import Path
 import amaranth
 import numpy as np
 
+from pagoda.chip.dma_front import front_lag
 from pagoda.chip.host_map import HOST_REGIONS, HOST_REGISTERS, Control, FaultFlags
 from pagoda.chip.interfaces import ENGINES, Job
 from pagoda.chip.pagoda_chip import PagodaChip, check_buildable
 from pagoda.chip.verilate import Model, Source
-from pagoda.isa.access import access, is_empty
+from pagoda.isa.access import access, is_empty, loop_count
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
-from pagoda.isa.commands import BY_BANK, decode
+from pagoda.isa.commands import BY_BANK, COMMANDS, decode
 from pagoda.isa.fault import Fault, FaultKind
 from pagoda.isa.machine import ENGINES as ENGINE_NAMES
 from pagoda.isa.machine import TRACE_DTYPE, Counters, MachineBase, Result
@@ -28,10 +29,12 @@ HUNG_CLOCKS = 100_000_000  # without an end beyond the watchdog: the RTL hangs
 _ENTER, _START, _FREE, _FINISH = range(4)
 _NOW, _FROZEN, _CONFLICTS, _READ_ATOMS, _WRITE_ATOMS, _EVENTS = range(6)
 _MAX_WINDOW = 16
+_GATHER, _SCATTER = COMMANDS["gather"].bank, COMMANDS["scatter"].bank
 _FAR = 1 << 60  # a cycle that no launch reaches
 _EVENT = np.dtype(
-    [("cycle", "<i8"), ("core", "<i4"), ("kind", "<i4"), ("index", "<i4"), ("cause", "<i4")]
-)
+    [("cycle", "<i8"), ("core", "<i4"), ("kind", "<i4"), ("index", "<i4"), ("cause", "<i4"),
+     ("reads", "<i8")]
+)  # fmt: skip
 
 
 class _CorePorts(ctypes.Structure):
@@ -83,7 +86,7 @@ class RtlMachine(MachineBase):
     def _make_world(self) -> ctypes.c_void_p:
         library, address = self._library, self._model.address
         library.world_create.restype = ctypes.c_void_p
-        library.world_counter.restype = ctypes.c_int64
+        library.world_counter.restype = library.world_writes.restype = ctypes.c_int64
         cores = (_CorePorts * self.chip.cores)()
         for number, core in enumerate(cores):
             dram, window = f"dram__{number}__", f"trace__{number}__window__"
@@ -104,6 +107,7 @@ class RtlMachine(MachineBase):
                 *(ctypes.c_void_p(address(name)) for name in ("enable", "busy", "begin")),
                 ctypes.c_void_p(address("conflict")), ctypes.c_void_p(self.dram.ctypes.data),
                 ctypes.c_uint64(self.chip.dram_bytes), ctypes.c_int64(self.chip.dram_latency),
+                ctypes.c_int64(front_lag(self.chip) + 1),
                 self.chip.window, -(-Job().size // 32),
             )
         )  # fmt: skip
@@ -248,6 +252,7 @@ class RtlMachine(MachineBase):
     def _trace(self) -> np.ndarray:
         events, jobs = self._log()
         rows: dict[tuple[int, int], dict[str, int]] = {}
+        reads: dict[tuple[int, int], int] = {}
         for event in events:
             core, kind, cycle = int(event["core"]), int(event["kind"]), int(event["cycle"])
             if kind == _ENTER:
@@ -257,13 +262,35 @@ class RtlMachine(MachineBase):
                     "entry": cycle, **_work(job),
                 }  # fmt: skip
                 continue
-            row = rows[core, int(event["index"])]
+            key = core, int(event["index"])
+            row = rows[key]
             row[("", "start", "free", "finish")[kind]] = cycle
             if kind == _START:
                 row["cause"] = int(event["cause"])
+                reads[key] = int(event["reads"])
+            elif kind == _FREE and row["bank"] == _GATHER:
+                row["dram_bytes"] = DRAM_ATOM_BYTES * (int(event["reads"]) - reads[key])
+        for core in range(self.chip.cores):
+            self._count_writes(core, [row for key, row in sorted(rows.items()) if key[0] == core])
         ordered = [rows[key] for key in sorted(rows)]
         names = TRACE_DTYPE.names
         return np.array([tuple(row[name] for name in names) for row in ordered], TRACE_DTYPE)
+
+    def _count_writes(self, core: int, rows: list[dict[str, int]]) -> None:
+        """DRAM bytes of a core's scatters. Stores write in their order, each as many bytes as it
+        has, so the atoms of one end where those bytes do."""
+        sizes = np.zeros(self._library.world_writes(self._world, core), np.uint8)
+        self._library.world_written(self._world, core, ctypes.c_void_p(sizes.ctypes.data))
+        written = np.cumsum(sizes, dtype=np.int64)
+        first = bytes_before = 0
+        for row in rows:
+            if row["stored"] == 0:
+                continue
+            bytes_before += row["stored"]
+            end = int(np.searchsorted(written, bytes_before)) + 1
+            if row["bank"] == _SCATTER:
+                row["dram_bytes"] = DRAM_ATOM_BYTES * (end - first) * row["ways"]
+            first = end
 
     def _busy(self, trace: np.ndarray) -> tuple[int, ...]:
         engine = np.array([_engine_of(bank) for bank in range(11)])[trace["bank"]]
@@ -291,20 +318,30 @@ def _unpack(words: np.ndarray) -> dict[str, int]:
 
 
 def _work(job: dict[str, int]) -> dict[str, int]:
-    """MACs and DRAM bytes of a command, as `pagoda.isa.core` counts them."""
+    """MACs and DRAM bytes of a command, as `pagoda.isa.core` counts them; those of gather and
+    scatter depend on their indices and are 0 here.
+
+    stored: bytes that it writes to DRAM, in atoms that are read and written (`ways` 2) or written.
+    """
+    work = {"macs": 0, "dram_bytes": 0, "stored": 0, "ways": 1}
     words = [job["words"] >> 32 * word & 0xFFFFFFFF for word in range(16)]
     command, fields = decode(job["bank"], words)
     if is_empty(command.name, fields):
-        return {"macs": 0, "dram_bytes": 0}
+        return work
     touched = access(command.name, fields)
-    macs = 0
     if command.name == "matmul":
         f = fields
-        macs = f["m0"] * f["m1"] * f["m2"] * f["n"] * f["k_outer"] * f["k_inner"]
+        work["macs"] = f["m0"] * f["m1"] * f["m2"] * f["n"] * f["k_outer"] * f["k_inner"]
     dram = touched.dram
-    if dram is None or touched.indices is not None:
-        return {"macs": macs, "dram_bytes": 0}
-    return {"macs": macs, "dram_bytes": DRAM_ATOM_BYTES * dram.atoms() * (dram.reads + dram.writes)}
+    if dram is None:
+        return work
+    work["ways"] = dram.reads + dram.writes
+    if touched.indices is None:
+        work["dram_bytes"] = DRAM_ATOM_BYTES * dram.atoms() * work["ways"]
+    if dram.writes:
+        rows = fields["rows"] if touched.indices is not None else loop_count(dram.loops)
+        work["stored"] = rows * dram.row_bytes
+    return work
 
 
 def _engine_of(bank: int) -> int:

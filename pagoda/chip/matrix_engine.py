@@ -12,8 +12,9 @@ weights, a slot that begins d cycles after the command's first begins
 
 What a step of A or B asks for is presented to memory in the next cycle, arrives in the one after,
 and then passes three registers: raw, chosen (from a transposer or not), coded. So the array takes
-A, and its sums, 5 cycles after the step. Weights pass their transposer whether or not they are
-transposed: row r reaches the array in the r-th cycle of a slot.
+A 5 cycles after the step, and its sums `lead` cycles behind A. Weights pass their transposer
+whether or not they are transposed: row r reaches the array in the r-th cycle of a slot. The sums
+are read 2 + `lead` cycles after their step, and a result is written D + 2 cycles after it.
 
 The walker and B have done with a command when the next one may start, A and the sums a cycle later:
 so they read the fields from a copy a cycle late. The results have copies of their own.
@@ -42,7 +43,8 @@ from pagoda.chip.systolic_array import SystolicArray
 from pagoda.chip.transposer import Transposer
 from pagoda.isa.chip import Chip
 
-A_TO_ARRAY = 5  # cycles from a step of A, or of the sums, to the array
+A_TO_ARRAY = 5  # cycles from a step of A to the array
+MOST_LEAD = 2  # of an element's sums behind A
 
 
 class MatrixEngine(wiring.Component):
@@ -79,13 +81,14 @@ class MatrixEngine(wiring.Component):
         step = _delayed(m, step_a, [(~across, 0), (across, rows)], "step")
 
         array = m.submodules.array = SystolicArray(chip, self.black_box, self.enable)
+        self.lead = array.lead
         m.d.comb += [
             array.swap.eq(delay(m, step.first, A_TO_ARRAY, "swap")),
             array.a.eq(self._read_a(m, step_a, step)),
             array.w.eq(self._read_b(m, walk, step)),
             array.psum.eq(self._read_sums(m, step)),
         ]
-        self._write_results(m, step, array.out)
+        self._write_results(m, step, delay(m, array.out, MOST_LEAD - array.lead, "out"))
         return m
 
     def _accounting(self, m: Module, walk: MatrixWalk) -> None:
@@ -126,20 +129,24 @@ class MatrixEngine(wiring.Component):
         """Bytes of so many elements."""
         return Mux(f.integer, elements, elements << 1)
 
-    def _elements(self, data_: Value, count: int, integer: Value) -> list[Value]:
+    def _raw(self, m: Module, data_: Value, count: int, integer: Value) -> Value:
+        """The first elements of what a read brings, a cycle late; `integer` is as late."""
         bits = self.element_bits
+        raw = Signal(count * bits, reset_less=True)
+        m.d.sync += raw.eq(data_)
         if bits == 8:
-            return [data_.word_select(i, 8) for i in range(count)]
-        return [Mux(integer, data_.word_select(i, 8), data_.word_select(i, 16))
-                for i in range(count)]  # fmt: skip
+            return raw
+        return Cat(
+            Mux(integer, raw.word_select(i, 8), raw.word_select(i, 16)) for i in range(count)
+        )
 
     def _valid_k(self, f: data.View, last_pass: Value) -> Value:
         """k of a pass, 0 to R."""
-        return Mux(f.no_k, 0, Mux(last_pass, f.k_tail + 1, self.chip.rows))
+        return Mux(last_pass, f.k_tail, self.chip.rows)
 
     def _columns(self, last_block: Value, tail: Value) -> Value:
         """Columns of a block, 1 to C."""
-        return Mux(last_block, tail + 1, self.chip.cols)
+        return Mux(last_block, tail, self.chip.cols)
 
     def _coded(self, m: Module, elements: list[Value], bias: int, integer: Value, name: str):
         """Operand codes of raw elements."""
@@ -165,9 +172,11 @@ class MatrixEngine(wiring.Component):
             Signal.like(f.a, name=f"a_next_{name}") for name in ("run", "pass", "m1", "m2")
         )
         row_of_block = self._bytes(f, rows)
-        m.d.comb += [
+        m.d.sync += [  # in time, since a slot has two cycles or more
             next_run.eq(run + f.k_outer_stride),
             next_pass.eq(pass_ + Mux(across, f.m0_stride << log2(rows), row_of_block)),
+        ]
+        m.d.comb += [
             next_m1.eq(m1 + Mux(across, row_of_block, f.m1_stride)),
             next_m2.eq(m2 + f.m2_stride),
         ]
@@ -191,13 +200,12 @@ class MatrixEngine(wiring.Component):
 
         valid_k = self._valid_k(f, step_a.last_pass)
         put_index, put_block = self._in_block(m, step_a, "put")
-        size = Mux(across, Mux(step_a.last_rows, f.m_tail + 1, rows), valid_k)
+        size = Mux(across, Mux(step_a.last_rows, f.m_tail, rows), valid_k)
         m.d.sync += [
             self.a.enable.eq(step_a.row & Mux(across, put_index < valid_k, ~f.no_k)),
             self.a.address.eq(m0), self.a.size.eq(self._bytes(f, size)),
         ]
-        raw = Signal(rows * self.element_bits, reset_less=True)
-        m.d.sync += raw.eq(Cat(self._elements(self.a.data, rows, delay(m, f.integer, 2))))
+        raw = self._raw(m, self.a.data, rows, delay(m, f.integer, 3))
 
         turn = m.submodules.a_transposer = Transposer(rows, rows, self.element_bits)
         take_index, take_block = self._in_block(m, step, "take")
@@ -238,8 +246,10 @@ class MatrixEngine(wiring.Component):
         chip, f, early = self.chip, self.fields, walk.step
         rows, cols, across = chip.rows, chip.cols, f.transpose_b
         lines = Signal(range(max(rows, cols) + 1))  # asked for in this slot
-        line, block, later = (
-            Signal.like(f.b, name=f"b_{name}") for name in ("line", "block", "next_pass")
+        more = Signal()  # a line lies behind this one
+        line, block, later, beside, below = (
+            Signal.like(f.b, name=f"b_{name}")
+            for name in ("line", "block", "next_pass", "beside", "below")
         )
         next_line, next_block, next_pass = (
             Signal.like(f.b, name=f"b_after_{name}") for name in ("line", "block", "pass")
@@ -248,30 +258,34 @@ class MatrixEngine(wiring.Component):
         valid_k = self._valid_k(f, early.last_pass)
         columns = self._columns(early.last_block, f.n_tail)
         # The line behind a block's last is the next block's first where B is transposed, and else
-        # the next pass's.
+        # the next pass's. The other way there is a register's: a slot has two cycles or more.
+        m.d.sync += [
+            beside.eq(block + self._bytes(f, cols)), below.eq(block + self._bytes(f, valid_k)),
+        ]
         m.d.comb += [
-            next_line.eq(Mux(lines < Mux(across, cols, valid_k), line + f.b_stride, line)),
-            next_pass.eq(Mux(first_block, Mux(across, block + self._bytes(f, valid_k), next_line),
-                             later)),
-            next_block.eq(Mux(early.last_block, next_pass,
-                              Mux(across, next_line, block + self._bytes(f, cols)))),
-        ]  # fmt: skip
+            next_line.eq(line + (f.b_stride & more.replicate(len(line)))),
+            next_pass.eq(Mux(first_block, Mux(across, below, next_line), later)),
+            next_block.eq(Mux(early.last_block, next_pass, Mux(across, next_line, beside))),
+        ]
         with m.If(self.fresh):
-            m.d.sync += [line.eq(f.b), block.eq(f.b), first_block.eq(1), lines.eq(0)]
+            m.d.sync += [line.eq(f.b), block.eq(f.b), first_block.eq(1)]
         with m.Elif(early.slot_end):
             m.d.sync += [
                 line.eq(next_block), block.eq(next_block), later.eq(next_pass),
-                first_block.eq(early.last_block), lines.eq(0), put_block.eq(~put_block),
+                first_block.eq(early.last_block), put_block.eq(~put_block),
             ]  # fmt: skip
+        with m.Elif(walk.active):
+            m.d.sync += line.eq(next_line)
+        with m.If(self.fresh | early.slot_end):
+            m.d.sync += [lines.eq(0), more.eq(across | ~f.no_k)]
         with m.Elif(walk.active & (lines != max(rows, cols))):
-            m.d.sync += [line.eq(next_line), lines.eq(lines + 1)]
+            m.d.sync += [lines.eq(lines + 1), more.eq(lines + 1 < Mux(across, cols, valid_k))]
         m.d.sync += [
             self.b.enable.eq(walk.active & ~f.no_k & (lines < Mux(across, columns, valid_k))),
             self.b.address.eq(line), self.b.size.eq(self._bytes(f, Mux(across, valid_k, columns))),
         ]
         width = max(rows, cols)
-        raw = Signal(width * self.element_bits, reset_less=True)
-        m.d.sync += raw.eq(Cat(self._elements(self.b.data, width, delay(m, f.integer, 2))))
+        raw = self._raw(m, self.b.data, width, delay(m, f.integer, 3))
 
         turn = m.submodules.b_transposer = Transposer(rows, cols, self.element_bits)
         row, take_block = Signal(range(rows)), Signal()
@@ -318,25 +332,27 @@ class MatrixEngine(wiring.Component):
     def _read_sums(self, m: Module, step: data.View) -> Value:
         """Ask for the partial sums, or begin with 0."""
         f, cols = self.late, self.chip.cols
+        lead = self.lead
         address = self._row_address(m, step, self.late_fresh, f.acc, f.acc_stride, f.acc, "sum")
         wanted = step.real & (f.accumulate | ~step.first_pass)
         size = self._columns(step.last_block, f.n_tail) << 2
         raw, sums = (Signal(32 * cols, name=name, reset_less=True) for name in ("raw", "sums"))
         m.d.comb += self.psum.acc.eq(1)
         m.d.sync += [
-            self.psum.enable.eq(delay(m, wanted, 1)), self.psum.address.eq(delay(m, address, 1)),
-            self.psum.size.eq(delay(m, size, 1)), raw.eq(self.psum.data),
+            self.psum.enable.eq(delay(m, wanted, 1 + lead)),
+            self.psum.address.eq(delay(m, address, 1 + lead)),
+            self.psum.size.eq(delay(m, size, 1 + lead)), raw.eq(self.psum.data),
         ]
-        arrived = delay(m, wanted, 4)
+        arrived, integer = delay(m, wanted, 4 + lead), delay(m, self.integer, lead)
         for c in range(cols):
             word = raw.word_select(c, 32)
             if self.element_bits == 16:
-                word = Mux(self.integer, word, canonical(word))
+                word = Mux(integer, word, canonical(word))
             m.d.sync += sums.word_select(c, 32).eq(word & arrived.replicate(32))
         return sums
 
     def _write_results(self, m: Module, step: data.View, out: Value) -> None:
-        """Write what leaves the array, D cycles after the steps of the sums."""
+        """Write what leaves the array, D + 2 cycles after the steps of the sums."""
         chip, f = self.chip, self.late
         layout = data.StructLayout({"go": 1, "real": 1, "slot_end": 1, "last_block": 1})
         bits = Cat(step[name] for name in ("go", "real", "slot_end", "last_block"))
@@ -351,10 +367,11 @@ class MatrixEngine(wiring.Component):
                 unchanged.eq(f.no_k & f.accumulate),
             ]  # fmt: skip
         row = self._row_address(m, late, late.go, acc, stride, f.acc, "result")
-        m.d.comb += self.write.acc.eq(1)
+        size = self._columns(late.last_block, tail) << 2
+        m.d.comb += [self.write.acc.eq(1), self.write.data.eq(out)]
         m.d.sync += [
-            self.write.enable.eq(late.real & ~unchanged), self.write.address.eq(row),
-            self.write.size.eq(self._columns(late.last_block, tail) << 2), self.write.data.eq(out),
+            self.write.enable.eq(delay(m, late.real & ~unchanged, 1)),
+            self.write.address.eq(delay(m, row, 1)), self.write.size.eq(delay(m, size, 1)),
         ]
 
 

@@ -11,7 +11,7 @@ cycles beside the rows or, where A and B take turns at a bank, behind them. One 
 cycles; delayed copies of them time everything else.
 """
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -27,8 +27,8 @@ def log2(power: int) -> int:
 
 
 class MatmulFields(data.StructLayout):
-    """What the engine keeps of a command. Counts are less one; addresses and strides are modulo
-    the memory's size, since the checks keep every address inside it."""
+    """What the engine keeps of a command. Counts that are walked are less one; addresses and
+    strides are modulo the memory's size, since the checks keep every address inside it."""
 
     def __init__(self, chip: Chip):
         sram, acc = log2(chip.sram_bytes), log2(chip.acc_bytes)
@@ -42,12 +42,12 @@ class MatmulFields(data.StructLayout):
             "acc": acc, "acc_stride": acc,
             "m0": COUNT_BITS,  # with transpose_a the padded count
             "m1": COUNT_BITS, "m2": COUNT_BITS,
-            "m_tail": r,  # rows of the last `rows`, of transposed A
+            "m_tail": r + 1,  # rows of the last `rows`, of transposed A: 1 to `rows`
             "k_outer": COUNT_BITS,
             "passes": COUNT_BITS,  # over one run of k_inner
-            "k_tail": r,  # k of a run's last pass
+            "k_tail": r + 1,  # k of a run's last pass: 1 to `rows`, or none
             "blocks": COUNT_BITS,
-            "n_tail": c,  # columns of the last block
+            "n_tail": c + 1,  # columns of the last block: 1 to `cols`
         })  # fmt: skip
 
 
@@ -63,6 +63,11 @@ def fields_of(m: Module, chip: Chip, job: data.View) -> data.View:
     def less_one(name: str) -> Value:
         return (field(name)[: COUNT_BITS + 1] - 1)[:COUNT_BITS]
 
+    def tail(name: str, exponent: int) -> Value:
+        """What is left of a count in its last group of so many, a power of two."""
+        low = field(name)[:exponent]
+        return Cat(low, low == 0)
+
     flags = ("accumulate", "transpose_a", "transpose_b")
     places = ("a", "m0_stride", "m1_stride", "m2_stride", "k_outer_stride", "b", "b_stride", "acc",
               "acc_stride")  # fmt: skip
@@ -74,10 +79,11 @@ def fields_of(m: Module, chip: Chip, job: data.View) -> data.View:
                        else chip.matrix_types[0] == "int8"),
         out.shared.eq(job.shared_ab), out.no_k.eq(no_k),
         out.m0.eq(Cat(m0[:r] | field("transpose_a").replicate(r), m0[r:])),
-        out.m1.eq(less_one("m1")), out.m2.eq(less_one("m2")), out.m_tail.eq(m0),
+        out.m1.eq(less_one("m1")), out.m2.eq(less_one("m2")),
+        out.m_tail.eq(tail("m0", r)), out.n_tail.eq(tail("n", c)),
         out.k_outer.eq(Mux(no_k, 0, less_one("k_outer"))),
-        out.passes.eq(Mux(no_k, 0, k_inner >> r)), out.k_tail.eq(k_inner),
-        out.blocks.eq(n >> c), out.n_tail.eq(n),
+        out.passes.eq(Mux(no_k, 0, k_inner >> r)),
+        out.k_tail.eq(Mux(no_k, 0, tail("k_inner", r))), out.blocks.eq(n >> c),
     ]  # fmt: skip
     return out
 
@@ -100,6 +106,21 @@ class Step(data.StructLayout):
         })  # fmt: skip
 
 
+class _Countdown:
+    """Counts down, by the statements that its methods return; `over`, at 0, comes from a register,
+    so that a long count costs no time."""
+
+    def __init__(self, name: str, bits: int = COUNT_BITS):
+        self.value, self.over = Signal(bits, name=name), Signal(name=f"{name}_over")
+
+    def load(self, count: Value) -> list:
+        return [self.value.eq(count), self.over.eq(count == 0)]
+
+    def down(self) -> list:
+        """Of a count that is not over."""
+        return [self.value.eq(self.value - 1), self.over.eq(self.value == 1)]
+
+
 class MatrixWalk(wiring.Component):
     """The walk starts in the cycle after `go`; `end` is high in its last cycle."""
 
@@ -113,62 +134,65 @@ class MatrixWalk(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         chip, f, step = self.chip, self.fields, self.step
-        r, longest = log2(chip.rows), chip.psum_latency - 1
+        rows, slowest = chip.rows, max(chip.rows, chip.cols)
+        r, longest = log2(rows), Const(chip.psum_latency - 1)
         m0, m1, m2, block, pass_, run = (
-            Signal(COUNT_BITS, name=name) for name in ("m0", "m1", "m2", "block", "pass", "run")
-        )  # each counts down
-        rows_done, first, first_pass = Signal(), Signal(), Signal()
-        loaded = Signal(range(max(chip.rows, chip.cols)))  # of the next weights, less one
-        elapsed = Signal(range(longest + 1))  # since the pass began
+            _Countdown(name) for name in ("m0", "m1", "m2", "block", "pass", "run")
+        )
+        row, first, first_pass, last_rows = Signal(), Signal(), Signal(), Signal()
+        loading = _Countdown("loading", (slowest - 1).bit_length())  # the next weights
+        rest = _Countdown("rest", len(longest))  # of a pass's shortest time
 
-        m0_over, m01_over = m0 == 0, (m0 == 0) & (m1 == 0)
-        last_rows, in_rows = m0[r:] == 0, ~m0[:r]
-        row = self.active & ~rows_done
-        last_row = row & m01_over & (m2 == 0)
-        all_loaded = loaded == Mux(f.transpose_b, max(chip.rows, chip.cols) - 1, chip.rows - 1)
-        slot_over = (rows_done | (last_row & ~f.shared)) & all_loaded
-        last_block = block == 0
-        slot_end = self.active & slot_over & (~last_block | (elapsed == longest))
-        pass_end, last_pass = slot_end & last_block, pass_ == 0
+        in_rows = ~m0.value[:r]
+        m01_over = m0.over & m1.over
+        last_row = row & m01_over & m2.over
+        rows_over = (self.active & ~row) | (last_row & ~f.shared)
+        slot_end = rows_over & loading.over & (~block.over | rest.over)
+        pass_end = slot_end & block.over
         m.d.comb += [
             step.go.eq(self.go), step.first.eq(first), step.row.eq(row),
-            step.real.eq(row & ~(f.transpose_a & last_rows & (in_rows > f.m_tail))),
-            step.wrap0.eq(row & Mux(f.transpose_a, in_rows.all(), m0_over)),
+            step.real.eq(row & ~(f.transpose_a & last_rows & (in_rows >= f.m_tail))),
+            step.wrap0.eq(row & Mux(f.transpose_a, in_rows.all(), m0.over)),
             step.wrap1.eq(row & ~f.transpose_a & m01_over),
             step.last_rows.eq(self.active & last_rows),
             step.first_pass.eq(self.active & first_pass),
-            step.last_pass.eq(self.active & last_pass),
-            step.last_block.eq(self.active & last_block),
+            step.last_pass.eq(self.active & pass_.over),
+            step.last_block.eq(self.active & block.over),
             step.slot_end.eq(slot_end),
-            self.end.eq(pass_end & last_pass & (run == 0)),
+            self.end.eq(pass_end & pass_.over & run.over),
         ]
 
-        rewind = [m0.eq(f.m0), m1.eq(f.m1), m2.eq(f.m2), rows_done.eq(0), loaded.eq(0), first.eq(1)]
+        first_row = [*m0.load(f.m0), last_rows.eq(f.m0[r:] == 0)]
+        rewind = [
+            *first_row, *m1.load(f.m1), *m2.load(f.m2), row.eq(1), first.eq(1),
+            *loading.load(Mux(f.transpose_b, slowest - 1, rows - 1)),
+        ]  # fmt: skip
+        new_pass = [*block.load(f.blocks), *rest.load(longest)]
         with m.If(self.go):
             m.d.sync += [
-                *rewind, block.eq(f.blocks), pass_.eq(f.passes), run.eq(f.k_outer), elapsed.eq(0),
+                *rewind, *new_pass, *pass_.load(f.passes), *run.load(f.k_outer),
                 first_pass.eq(1), self.active.eq(1),
             ]  # fmt: skip
         with m.Elif(self.active):
             m.d.sync += first.eq(0)
-            with m.If(elapsed != longest):
-                m.d.sync += elapsed.eq(elapsed + 1)
-            with m.If((rows_done | ~f.shared) & ~all_loaded):
-                m.d.sync += loaded.eq(loaded + 1)
+            with m.If(~rest.over):
+                m.d.sync += rest.down()
+            with m.If((~row | ~f.shared) & ~loading.over):
+                m.d.sync += loading.down()
             with m.If(row):
-                m.d.sync += [m0.eq(m0 - 1), rows_done.eq(last_row)]
-                with m.If(m0_over):
-                    m.d.sync += [m0.eq(f.m0), m1.eq(m1 - 1)]
+                m.d.sync += [*m0.down(), row.eq(~last_row)]
+                with m.If(m0.value[:r] == 0):  # the row above is one of the last?
+                    m.d.sync += last_rows.eq(m0.value[r:] == 1)
+                with m.If(m0.over):
+                    m.d.sync += [*first_row, *m1.down()]
                 with m.If(m01_over):
-                    m.d.sync += [m1.eq(f.m1), m2.eq(m2 - 1)]
+                    m.d.sync += [*m1.load(f.m1), *m2.down()]
             with m.If(slot_end):
-                m.d.sync += [*rewind, block.eq(block - 1)]
+                m.d.sync += [*rewind, *block.down()]
             with m.If(pass_end):
-                m.d.sync += [
-                    block.eq(f.blocks), pass_.eq(pass_ - 1), elapsed.eq(0), first_pass.eq(0),
-                ]  # fmt: skip
-                with m.If(last_pass):
-                    m.d.sync += [pass_.eq(f.passes), run.eq(run - 1)]
+                m.d.sync += [*new_pass, *pass_.down(), first_pass.eq(0)]
+                with m.If(pass_.over):
+                    m.d.sync += [*pass_.load(f.passes), *run.down()]
             with m.If(self.end):
-                m.d.sync += [self.active.eq(0), first.eq(0)]
+                m.d.sync += [self.active.eq(0), row.eq(0), first.eq(0)]
         return m

@@ -17,10 +17,11 @@ x for every x but a NaN that is not canonical; so the edge makes the partial sum
 
 from types import SimpleNamespace
 
-from amaranth.hdl import C, Cat, Const, Module, Mux, Signal, Value
+from amaranth.hdl import C, Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from pagoda.chip.float_format import leading_zeros
 from pagoda.isa.chip import Chip
 
 CODE_BITS = 17
@@ -29,6 +30,8 @@ NO_ONE, INFINITE, INTEGER = 1, 2, 4  # bits of an exponent whose two top bits ar
 NOT_FINITE = 0b11 << 7
 NAN = 0x7FC00000
 FLOAT_STAGES = 3  # the fewest of a float element
+EARLY_SHIFTS, LATE_SHIFTS = (1, 2), (4, 8, 16)  # when a float element aligns
+EARLY_PLACES, LATE_PLACES = (4,), (3, 2, 1, 0)  # when it normalises: bits of the shift
 
 
 def delay(m: Module, value: Value, cycles: int, name: str = "delayed") -> Value:
@@ -96,23 +99,30 @@ class _Element(wiring.Component):
     a, with `swap` at the first of a block, goes on a cycle later. The weights pass `stages` - 1
     registers, one fewer than the partial sums, and enter the array row after row: so this row's
     weight is at `w` in the very cycle of its `swap`, and none needs to wait.
+
+    The operands are multiplied from registers; the partial sum comes `lead` cycles behind a.
     """
+
+    lead: int
 
     def __init__(self, width: int, stages: int):
         self.stages = stages
         super().__init__(element_signature(width))
 
     def _operands(self, m: Module) -> tuple[Value, Value]:
+        """a and its weight, a cycle late."""
         m.d.sync += [self.a_out.eq(self.a), self.swap_out.eq(self.swap)]
         m.d.comb += self.w_out.eq(delay(m, self.w, self.stages - 1))
-        kept = Signal.like(self.w, reset_less=True)
-        weight = Mux(self.swap, self.w, kept)
-        m.d.sync += kept.eq(weight)
-        return self.a, weight
+        weight = Signal.like(self.w, reset_less=True)
+        with m.If(self.swap):
+            m.d.sync += weight.eq(self.w)
+        return self.a_out, weight
 
 
 class IntElement(_Element):
     """psum + a * w modulo 2^32, for a chip that has int8 alone; any number of stages."""
+
+    lead = 2
 
     def __init__(self, stages: int):
         super().__init__(8, stages)
@@ -120,15 +130,9 @@ class IntElement(_Element):
     def elaborate(self, platform) -> Module:
         m = Module()
         a, w = self._operands(m)
-        product, psum = Signal(16), self.psum
-        m.d.comb += product.eq(a.as_signed() * w.as_signed())
-        if self.stages > 1:
-            product, psum = delay(m, product, 1), delay(m, psum, 1)
-        # In two halves, or synthesis would multiply 32 bits wide.
-        low = psum[:16] + product
-        high = (psum[16:] + product[15].replicate(16) + low[16])[:16]
-        total = Cat(low[:16], high)
-        m.d.comb += self.psum_out.eq(delay(m, total, max(self.stages - 1, 1)))
+        product = Signal(signed(16), reset_less=True)
+        m.d.sync += product.eq(a.as_signed() * w.as_signed())
+        m.d.comb += self.psum_out.eq(delay(m, (self.psum + product)[:32], self.stages))
         return m
 
 
@@ -139,13 +143,15 @@ class FloatElement(_Element):
     much as the last bit of the one that stays, two bits follow, and what is lost beyond them is
     `sticky`. That is enough, since where bits are lost the result loses at most one leading bit.
 
-        stage 1   multiply, compare exponents
-        stage 2   align, add
+        stage 1   multiply, compare exponents, begin to align
+        stage 2   align, add, count leading zeros, begin to normalise
         stage 3   normalise, round
 
-    A 4th stage separates normalising from rounding, a 5th aligning from adding, a 6th halves the
-    normalisation; stages beyond that are plain registers.
+    A 4th stage separates normalising from rounding, a 5th aligning from adding, a 6th adding from
+    counting; stages beyond that are plain registers.
     """
+
+    lead = 1
 
     def __init__(self, stages: int, integer: bool):
         self.integer = integer
@@ -154,16 +160,18 @@ class FloatElement(_Element):
     def elaborate(self, platform) -> Module:
         m = Module()
         a, w = self._operands(m)
-        x = _cut(m, True, "multiplied", self._multiply(m, a, w))
-        x = _cut(m, self.stages >= 5, "aligned", self._align(m, x))
-        x = _cut(m, True, "added", self._add(m, x))
-        x = _cut(m, self.stages >= 6, "normalising", self._normalise(m, x, (16, 8)))
-        x = _cut(m, self.stages >= 4, "normal", self._normalise(m, x, (4, 2, 1)))
+        x = _cut(m, True, "aligning", self._align(m, self._multiply(m, a, w), EARLY_SHIFTS))
+        x = _cut(m, self.stages >= 5, "aligned", self._align(m, x, LATE_SHIFTS))
+        x = _cut(m, self.stages >= 6, "added", self._add(m, x))
+        x = _cut(m, True, "counted", self._normalise(m, self._count(m, x), EARLY_PLACES))
+        x = _cut(m, self.stages >= 4, "normal", self._normalise(m, x, LATE_PLACES))
         last = 1 + max(self.stages - 6, 0)
         m.d.comb += self.psum_out.eq(delay(m, self._round(m, x), last))
         return m
 
     def _multiply(self, m: Module, a: Value, w: Value) -> SimpleNamespace:
+        """stays: bits 0 to 24; an int8 sum's others are in exponent and sign. moved: bits -2 to
+        23, as they are before the shift."""
         (a_one, a_infinite, _), (w_one, w_infinite, integer) = (_flags(x[7:16]) for x in (a, w))
         if not self.integer:
             integer = C(0, 1)
@@ -175,7 +183,7 @@ class FloatElement(_Element):
         psum_infinite = exponent.all() & ~integer
         # A subnormal has exponent 1 and no leading one. An int8 sum's bits are kept as they are.
         psum_exponent = Cat(exponent[0] | (least & ~integer), exponent[1:])
-        leading = ~least & (exponent[0] | ~integer)
+        significand = Cat(fraction, ~least & (exponent[0] | ~integer))
 
         # distance = the product's exponent - the sum's; both biases together add 256.
         product_exponent, distance = Signal(10), Signal(10)
@@ -188,18 +196,21 @@ class FloatElement(_Element):
         zero, infinite = ~a_one | ~w_one, a_infinite | w_infinite
         product_stays = Signal()
         m.d.comb += product_stays.eq((~below & ~zero & ~psum_infinite & ~integer) | infinite)
-        # The product is shifted by one less, since it starts one place lower (`_align`).
+        # The product is shifted by one less, since it starts one place lower.
         far = distance[:9] ^ below.replicate(9)
-        shift = far[:5] | far[5:].any().replicate(5)
+        # Far enough is all that counts beyond 28. An int8 product is shifted by 8.
+        too_far = far[5:].any().replicate(3)
+        shift = Mux(integer, 8, Cat(far[:2], far[2:5] | too_far))
 
         sign = a[16] ^ w[16]
         special = infinite | psum_infinite
         differ = sign ^ psum_sign
         return SimpleNamespace(
-            product=product, fraction=fraction, leading=leading, product_stays=product_stays,
+            stays=Mux(product_stays, Cat(C(0, 9), product), significand),
+            moved=Cat(C(0, 2), Mux(product_stays, significand, Cat(C(0, 8), product))),
+            sticky=C(0, 1), shift=shift,
             exponent=Mux(product_stays, Cat(product_exponent[:8], ~product_exponent[8]),
                          psum_exponent),
-            shift=Mux(integer, 8, shift),
             subtract=(sign ^ (psum_sign & ~integer)) & ~special,
             sign=Mux(product_stays, sign, psum_sign),
             special=special,
@@ -208,84 +219,89 @@ class FloatElement(_Element):
             integer=integer,
         )  # fmt: skip
 
-    def _align(self, m: Module, x: SimpleNamespace) -> SimpleNamespace:
-        """stays: bits 0 to 31. moved: bits -2 to 23."""
-        significand = Cat(x.fraction, x.leading)
-        high = Cat(x.exponent[1:8], x.sign) & x.integer.replicate(8)
-        stays = Mux(x.product_stays, Cat(C(0, 9), x.product), Cat(significand, high))
-        moved = Cat(C(0, 2), Mux(x.product_stays, significand, Cat(C(0, 8), x.product)))
-        lost = []
-        for place in reversed(range(5)):
-            count, on = 1 << place, x.shift[place]
+    def _align(self, m: Module, x: SimpleNamespace, counts: tuple[int, ...]) -> SimpleNamespace:
+        """Shift `moved` right by those of the counts that `shift` names, smallest first."""
+        moved, lost = x.moved, [x.sticky]
+        for on, count in zip(x.shift, counts, strict=False):
             lost.append(on & moved[:count].any())
             shifted = Signal(26, name=f"shifted_{count}")
             m.d.comb += shifted.eq(Mux(on, moved[count:], moved))
             moved = shifted
-        return _but(x, "product fraction leading product_stays shift", stays=stays, moved=moved,
-                    sticky=Cat(lost).any())  # fmt: skip
+        left = x.shift[len(counts):]
+        return _but(x, "", moved=moved, sticky=Cat(lost).any(), shift=left if len(left) else None)
 
     def _add(self, m: Module, x: SimpleNamespace) -> SimpleNamespace:
-        """The sum's magnitude, bits -2 to 25.
+        """The sum, bits -2 to 26; its complement is the magnitude if it is `negative`.
 
         A difference is taken as stays + ~moved, one unit (of bit -2) too low. Negative, its
         complement is the magnitude. Positive, it is right where bits were lost; else the unit is
         `pending` until rounding adds it.
         """
-        total, negative, magnitude = Signal(34), Signal(), Signal(28)
+        total, negative = Signal(34), Signal()
+        high = Cat(x.exponent[1:8], x.sign) & x.integer.replicate(8)
+        stays = Cat(C(0, 2), x.stays[:24], x.stays[24] | high[0], high[1:])
         moved = Cat(x.moved, C(0, 8)) ^ x.subtract.replicate(34)
-        pending = x.subtract & ~negative & ~x.sticky & ~x.integer
-        zero = x.subtract & negative & ~magnitude.any() & ~x.sticky
+        zero = x.subtract & total[:28].all() & ~x.sticky
         m.d.comb += [
-            total.eq(Cat(C(0, 2), x.stays) + moved + (x.integer & x.subtract)),
+            total.eq(stays + moved + (x.integer & x.subtract)),
             negative.eq(total[28] & ~x.integer),
-            magnitude.eq(total[:28] ^ negative.replicate(28)),
         ]
-        # An int8 sum's upper bits take the exponent's place.
-        exponent = Mux(x.integer, total[25:34], x.exponent)
-        return _but(x, "stays moved subtract", total=magnitude, pending=pending,
-                    sign=(x.sign ^ negative) & ~zero, exponent=exponent, limit=None,
-                    zeros_less=None, limit_less=None, by=None)  # fmt: skip
+        return _but(
+            x, "stays moved subtract shift", total=total[:29], negative=negative,
+            pending=x.subtract & ~negative & ~x.sticky & ~x.integer,
+            sign=(x.sign ^ negative) & ~zero,
+            # An int8 sum's upper bits take the exponent's place.
+            high=total[25:34],
+        )  # fmt: skip
 
-    def _normalise(self, m: Module, x: SimpleNamespace, steps: tuple[int, ...]) -> SimpleNamespace:
-        """Shift left by the leading zeros, at most by exponent + 1, where subnormals begin.
-
-        From the largest step on, the bits of both counts are compared: as soon as they differ, one
-        is known to be the smaller. An int8 sum is shifted by 2, to where a fraction is.
+    def _count(self, m: Module, x: SimpleNamespace) -> SimpleNamespace:
+        """The magnitude, and how far to shift it left: by its leading zeros, at most 28 and
+        exponent + 1, where subnormals begin. An int8 sum is shifted by 2, to where a fraction is.
         """
-        total, by = x.total, list(x.by) if x.by is not None else []
-        limit, zeros_less, limit_less = x.limit, x.zeros_less, x.limit_less
-        if limit is None:
-            plus_one = (x.exponent[:5] + 1)[:5]
-            large = x.exponent[5:].any() | x.exponent[1:5].all()
-            limit = Mux(x.integer, 2, plus_one | large.replicate(5))
-            zeros_less, limit_less = C(0, 1), x.integer
-        for count in steps:
-            empty, allowed = ~total[-count:].any(), limit[count.bit_length() - 1]
-            on = (empty | limit_less) & (allowed | zeros_less)
-            zeros_less, limit_less = (
-                zeros_less | (~empty & allowed & ~limit_less),
-                limit_less | (empty & ~allowed & ~zeros_less),
-            )
-            shifted = Signal(28, name=f"normal_{count}")
+        near = ~x.exponent[5:].any()
+        low = [x.exponent[:3] == i for i in range(8)]
+        high = [(x.exponent[3:5] == i) & near for i in range(4)]
+        # The first bit that differs from the one above ends the zeros or, of a negative sum, ones.
+        change = x.total[:28] ^ x.total[1:]
+        # A one where the shift has to end stops the count there.
+        ends = Cat(low[i & 7] & high[i >> 3] for i in reversed(range(1, 27)))
+        at_2, float_only = Cat(C(0, 25), x.integer), (~x.integer).replicate(2)
+        marked, magnitude = Signal(28), Signal(28)
+        m.d.comb += [
+            marked.eq(Cat(change[:26] | ends | at_2, change[26:] & float_only)),
+            magnitude.eq(x.total[:28] ^ x.negative.replicate(28)),
+        ]
+        zeros = leading_zeros(m, Cat(C(1, 1), marked), "zeros")
+        return _but(
+            x, "negative high", total=magnitude, by=zeros,
+            exponent=Mux(x.integer, x.high, x.exponent),
+        )  # fmt: skip
+
+    def _normalise(self, m: Module, x: SimpleNamespace, places: tuple[int, ...]) -> SimpleNamespace:
+        """Shift left by those bits of `by` that are at these places."""
+        total = x.total
+        for place in places:
+            shifted, count = Signal(28, name=f"normal_{1 << place}"), 1 << place
             m.d.comb += shifted.eq(
-                Mux(on, Cat(x.pending.replicate(count), total[:-count]), total)
+                Mux(x.by[place], Cat(x.pending.replicate(count), total[:-count]), total)
             )
-            total, by = shifted, [on, *by]
-        state = dict.fromkeys(("limit", "zeros_less", "limit_less"))
-        if steps[-1] > 1:
-            state = dict(limit=limit, zeros_less=zeros_less, limit_less=limit_less)
-        return _but(x, "", total=total, by=Cat(by), **state)
+            total = shifted
+        if places[-1] > 0:
+            return _but(x, "", total=total)
+        exponent = Signal(9)
+        m.d.comb += exponent.eq(x.exponent + 2 - x.by)
+        return _but(x, "by", total=total, exponent=exponent)
 
     def _round(self, m: Module, x: SimpleNamespace) -> Value:
         kept, half, rest = x.total[4:], x.total[3], x.total[:3]
         odd, top = kept[0], kept[23]
         up = Mux(x.pending, half | (rest.all() & odd), half & (rest.any() | x.sticky | odd))
-        exponent, rounded = Signal(9), Signal(32)
-        m.d.comb += [
-            exponent.eq(x.exponent + 2 - x.by),
-            rounded.eq(Cat(kept[:23], exponent & (top | x.integer).replicate(9)) + up),
-        ]
-        special = x.special | ((rounded[31] | rounded[23:31].all()) & ~x.integer)
+        # Rounding up to an infinity gives one by itself, with a fraction of 0.
+        large = (x.exponent[8] | x.exponent[:8].all()) & top & ~x.integer
+        rounded, special = Signal(32), x.special | large
+        m.d.comb += rounded.eq(
+            Cat(kept[:23], x.exponent & (top | x.integer).replicate(9)) + up
+        )
         return Cat(
             rounded[:22] & (~special).replicate(22), (rounded[22] & ~special) | x.nan,
             rounded[23:31] | special.replicate(8),
@@ -315,6 +331,11 @@ def _but(values: SimpleNamespace, without: str, **new: Value | None) -> SimpleNa
     """The values without those named, and new ones."""
     kept = {key: value for key, value in vars(values).items() if key not in without.split()}
     return SimpleNamespace(**{**kept, **new})
+
+
+def sum_lead(chip: Chip) -> int:
+    """Cycles by which an element's partial sum comes behind its a."""
+    return (FloatElement if "bf16" in chip.matrix_types else IntElement).lead
 
 
 def processing_element(chip: Chip) -> IntElement | FloatElement:

@@ -38,8 +38,8 @@ from pagoda.isa.timing import ceil_div
 def send_delay(chip: Chip) -> int:
     """Cycles from an atom's slot to its write: those from a start until all bytes of an atom are
     built that are read in one cycle, less one. Plan, walker, tile stream (3), byte queue, builder
-    (1) and a granule a cycle."""
-    return plan_lag(chip) + 5 + DRAM_ATOM_BYTES // granule_bytes(chip)
+    (1) and a granule a cycle. One more: the builder knows what to take two cycles after an atom."""
+    return plan_lag(chip) + 6 + DRAM_ATOM_BYTES // granule_bytes(chip)
 
 
 def table_places(chip: Chip) -> int:
@@ -91,9 +91,12 @@ class StoreEngine(wiring.Component):
         })  # fmt: skip
         stream = m.submodules.stream = TileStream(chip)
         queue = m.submodules.queue = ByteQueue(port, granule, capacity)
-        builder = m.submodules.builder = AtomBuilder(chip, places, capacity)
+        builder = m.submodules.builder = AtomBuilder(
+            chip, places, capacity, queue.width
+        )
         promised = Signal(range(capacity + 1))
         asked = Signal.like(reader.size)
+        tail = Signal(range(queue.width))  # the queue's lane for the next byte
         m.d.comb += [
             reader.step.eq(promised <= capacity - port),
             self.read.enable.eq(reader.active & reader.step), self.read.acc.eq(tile.acc),
@@ -102,12 +105,17 @@ class StoreEngine(wiring.Component):
             stream.asked_size.eq(asked), stream.asked_mode.eq(tile.mode),
             stream.read_data.eq(self.read.data),
             queue.write_size.eq(stream.size), queue.write_data.eq(stream.data),
-            queue.read_size.eq(builder.read_size), queue.read_lane.eq(builder.read_lane),
+            queue.write_left.eq(tail), queue.read.eq(builder.read),
+            queue.read_size.eq(builder.read_size), queue.read_left.eq(builder.read_left),
             builder.read_data.eq(queue.read_data), builder.level.eq(queue.level),
         ]  # fmt: skip
-        m.d.sync += promised.eq(
-            promised + (asked >> narrowing(m, tile.mode, "asked")) - builder.read_size
-        )
+        m.d.sync += [
+            promised.eq(
+                promised + (asked >> narrowing(m, tile.mode, "asked"))
+                - Mux(builder.read, builder.read_size, 0)
+            ),
+            tail.eq(tail + stream.size),
+        ]  # fmt: skip
 
         # Slots on their way: the reads of an accumulating store use some, the others send atoms.
         # Of two slots that follow one another at most one reads, so that reads never starve sends.

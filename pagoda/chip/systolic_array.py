@@ -9,6 +9,7 @@ from pagoda.chip.processing_element import (
     element_signature,
     operand_bits,
     processing_element,
+    sum_lead,
 )
 from pagoda.chip.verilate import to_verilog
 from pagoda.isa.chip import Chip
@@ -52,9 +53,10 @@ def pe_verilog(chip: Chip) -> str:
 class SystolicArray(wiring.Component):
     """Weight-stationary: C sums run down the columns and meet A, which runs along the rows.
 
-    In one cycle T it takes a row of A, with `swap` if it is the first of a block, and the C partial
-    sums of that row; `out` shows their sums in cycle T + `latency`. The block's weights are at `w`
-    from cycle T on, row after row: those of row r in T + r. a and w are operand codes.
+    In one cycle T it takes a row of A, with `swap` if it is the first of a block, and in T + `lead`
+    the C partial sums of that row; `out` shows their sums `latency` cycles later. The block's
+    weights are at `w` from cycle T on, row after row: those of row r in T + r. a and w are operand
+    codes.
 
     black_box: elements are instances of the Verilog module of `pe_verilog`; such instances do not
     see an EnableInserter around the array, so the clock enable comes as `enable`.
@@ -63,6 +65,7 @@ class SystolicArray(wiring.Component):
     def __init__(self, chip: Chip, black_box: bool = False, enable: Value | None = None):
         self.chip, self.black_box = chip, black_box
         self.enable = C(1, 1) if enable is None else enable
+        self.lead = sum_lead(chip)
         self.latency = chip.rows * chip.pe_stages + chip.cols - 1
         width = operand_bits(chip)
         super().__init__({

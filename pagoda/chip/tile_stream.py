@@ -7,7 +7,10 @@ their atom is built (`atom_builder`). Of an accumulating store all elements trav
 
 from __future__ import annotations
 
-from amaranth.hdl import C, Cat, Module, Mux, Signal, Value
+from functools import reduce
+from operator import or_
+
+from amaranth.hdl import C, Cat, Module, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -16,6 +19,12 @@ from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
 
 DELAY = 3  # cycles from asking for a piece to its bytes at the output
+NARROWER = {  # local format -> those in memory that have fewer bits
+    DType.F32: (DType.BF16, DType.F8E4M3),
+    DType.BF16: (DType.F8E4M3,),
+    DType.I32: (DType.I8, DType.BOOL, DType.U8, DType.I4),
+    DType.I8: (DType.BOOL, DType.U8, DType.I4),
+}
 
 
 class Mode(data.StructLayout):
@@ -61,51 +70,49 @@ class TileStream(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         asked_size, size = Signal.like(self.asked_size), Signal.like(self.asked_size)
-        asked_mode, mode = Signal(Mode()), Signal(Mode())
+        asked_mode, shift = Signal(Mode()), Signal(2)
         raw = Signal(8 * self.port_bytes)
+        conversions = self._conversions(m, raw)
         m.d.sync += [
             asked_size.eq(self.asked_size), asked_mode.eq(self.asked_mode),
-            size.eq(asked_size), mode.eq(asked_mode), raw.eq(self.read_data),
-            self.size.eq(size >> narrowing(m, mode, "piece")),
-            self.data.eq(self._converted(m, raw, mode)),
+            size.eq(asked_size), shift.eq(narrowing(m, asked_mode, "piece")),
+            raw.eq(self.read_data), self.size.eq(size >> shift),
+            self.data.eq(self._chosen(m, asked_mode, conversions, raw)),
         ]  # fmt: skip
         return m
 
-    def _converted(self, m: Module, raw: Signal, mode: data.View) -> Signal:
-        """The bytes of a piece as they travel."""
-        words = self.port_bytes // 4
-        halves = [Cat(C(0, 16), raw.word_select(i, 16)) for i in range(2 * words)]
-        from_half = mode.local == DType.BF16
-        narrow_formats = (DType.BF16, DType.F8E4M3, DType.I8, DType.I4, DType.BOOL, DType.U8)
-        # A BF16 piece has two elements where F32 has one: the second ones become F8E4M3 beside.
-        first, second, small = [], [], []
-        for i in range(words):
-            lane = Mux(from_half, halves[2 * i], raw.word_select(i, 32))
-            first.append(encode_element(m, lane, mode.mem, f"word_{i}", narrow_formats))
-            second.append(
-                encode_element(m, halves[2 * i + 1], mode.mem, f"odd_half_{i}", (DType.F8E4M3,))
-            )
-        for i in range(4 * words):
-            lane = Cat(raw.word_select(i, 8), raw[8 * i + 7].replicate(24))
-            small.append(
-                encode_element(m, lane, mode.mem, f"byte_{i}", (DType.I4, DType.BOOL, DType.U8))
-            )
-        pairs = zip(first, second, strict=True)
-        out = Signal(8 * self.port_bytes)
-        m.d.comb += out.eq(raw)
-        with m.Switch(Cat(mode.mem, mode.local, mode.accumulate)):
-            for local, mem, value in (
-                (DType.F32, DType.BF16, Cat(raw[:16] for raw in first)),
-                (DType.F32, DType.F8E4M3, Cat(raw[:8] for raw in first)),
-                (DType.BF16, DType.F8E4M3, Cat(raw[:8] for pair in pairs for raw in pair)),
-                (DType.I32, DType.I8, Cat(raw[:8] for raw in first)),
-                (DType.I32, DType.BOOL, Cat(raw[:8] for raw in first)),
-                (DType.I32, DType.U8, Cat(raw[:8] for raw in first)),
-                (DType.I32, DType.I4, Cat(raw[:4] for raw in first)),
-                (DType.I8, DType.BOOL, Cat(raw[:8] for raw in small)),
-                (DType.I8, DType.U8, Cat(raw[:8] for raw in small)),
-                (DType.I8, DType.I4, Cat(raw[:4] for raw in small)),
-            ):
-                with m.Case(int(mem) | int(local) << 4):
-                    m.d.comb += out.eq(value)
-        return out
+    def _conversions(self, m: Module, raw: Value) -> dict[tuple[DType, DType], Value]:
+        """The bytes of a piece as they travel, for every pair (local, memory) that narrows."""
+        found = {}
+        for local, formats in NARROWER.items():
+            count = 8 * self.port_bytes // local.bits
+            lanes = [_lane(raw.word_select(i, local.bits), local) for i in range(count)]
+            for mem in formats:
+                name = f"{local.name}_{mem.name}".lower()
+                found[local, mem] = Cat(
+                    encode_element(m, lane, C(mem, 4), f"{name}_{i}", (mem,))[: mem.bits]
+                    for i, lane in enumerate(lanes)
+                )
+        return found
+
+    def _chosen(
+        self, m: Module, mode: data.View, conversions: dict[tuple[DType, DType], Value], raw: Value
+    ) -> Value:
+        """What `mode`, of a cycle before, says of a piece."""
+        names = Cat(mode.mem, mode.local, mode.accumulate)
+        choices = [(names == (mem | local << 4), value)
+                   for (local, mem), value in conversions.items()]  # fmt: skip
+        copied = ~Cat(on for on, _ in choices).any()
+        out = []
+        for number, (on, value) in enumerate([*choices, (copied, raw)]):
+            taken = Signal(name=f"taken_{number}")
+            m.d.sync += taken.eq(on)
+            out.append(value & taken.replicate(len(value)))
+        return reduce(or_, out)
+
+
+def _lane(element: Value, dtype: DType) -> Value:
+    """An element of a local format as 32 bits."""
+    if dtype is DType.BF16:
+        return Cat(C(0, 16), element)
+    return Cat(element, element[-1].replicate(32 - len(element)))

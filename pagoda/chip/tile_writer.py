@@ -24,6 +24,14 @@ from pagoda.isa.numbers import DType
 NUMBER_BITS = 5  # of a command's number: at most 16 are in flight
 
 
+PIECES_AHEAD = 8  # of a tile or its zeros, worked out before their time comes
+KINDS = (  # of elements that are wider locally
+    (DType.BF16, DType.F32), (DType.F8E4M3, DType.F32), (DType.F8E4M3, DType.BF16),
+    (DType.I8, DType.I32), (DType.I4, DType.I32), (DType.BOOL, DType.I32), (DType.U8, DType.I32),
+    (DType.I4, DType.I8), (DType.BOOL, DType.I8), (DType.U8, DType.I8),
+)  # fmt: skip
+
+
 class _Rows(data.StructLayout):
     """Rows of a tile: as `Side`, in the bits that a local memory needs."""
 
@@ -39,7 +47,8 @@ class _Tile(data.StructLayout):
 
     def __init__(self, bits: int):
         super().__init__({
-            "rows": _Rows(bits), "left": 18, "inner": bits + 1, "acc": 1, "mem": 4, "local": 4,
+            "rows": _Rows(bits), "left": 18, "inner": bits + 1, "acc": 1,
+            "kind": len(KINDS),  # one bit of it, or none: the elements are copied
             "wider": 2,  # log2 of how much longer the data are than in the stream
             "number": NUMBER_BITS,
         })  # fmt: skip
@@ -54,20 +63,38 @@ class _Zeros(data.StructLayout):
         })  # fmt: skip
 
 
+class _Piece(data.StructLayout):
+    """A piece of a row with data, in the order in which its parts are worked out."""
+
+    def __init__(self, bits: int, port: int, width: int):
+        super().__init__({
+            "address": bits, "size": range(port + 1), "acc": 1, "kind": len(KINDS),
+            "number": NUMBER_BITS,
+            "row_start": 1, "inner": bits + 1, "wider": 2,
+            "gap": range(port + 1),  # zeros before the data
+            "free": range(port + 1),  # bytes behind those
+            "count": range(port + 1),  # bytes of data
+            "needed": range(port + 1),  # bytes of the stream that must have come,
+            "taken": range(port + 1),  # and that the piece takes
+            "half_late": 1,  # its I4 elements lie half a byte higher than they should
+            "queue_left": range(width),
+        })  # fmt: skip
+
+
 class TileWriter(wiring.Component):
     """valid, plan   as in `DmaFront`
-    level, read_size, read_lane, read_data
-                  of the `ByteQueue` of `capacity` bytes that holds the stream
+    level, read, read_size, read_left, read_data
+                  of the `ByteQueue` of `capacity` bytes and `width` lanes that holds the stream
     """
 
-    def __init__(self, chip: Chip, capacity: int):
-        self.chip = chip
+    def __init__(self, chip: Chip, capacity: int, width: int):
+        self.chip, self.width = chip, width
         self.address_bits = (max(chip.sram_bytes, chip.acc_bytes) - 1).bit_length()
         port = chip.port_bytes
         super().__init__({
             "valid": In(1), "plan": In(Plan()), "level": In(range(capacity + 1)),
-            "read_size": Out(range(port + 1)),
-            "read_lane": Out(range(port)), "read_data": In(8 * port),
+            "read": Out(1), "read_size": Out(range(port + 1)),
+            "read_left": Out(range(width)), "read_data": In(8 * port),
             "write": Out(LocalWrite(chip)),
         })  # fmt: skip
 
@@ -80,39 +107,48 @@ class TileWriter(wiring.Component):
         tile = self._tiles(m, data_walker, tile, has_tile)
         zeros = self._zeros(m, zero_walker, zeros, has_zeros)
 
-        gap, count, half_late, ready = self._data_piece(m, data_walker, tile)
+        takes = Signal()
+        piece, piece_valid = self._pieces(m, data_walker, tile, takes)
+        place = data.StructLayout({"acc": 1, "address": bits, "size": range(port + 1)})
+        padding = data.StructLayout({"place": place, "number": NUMBER_BITS})
+        paddings = m.submodules.paddings = SyncFIFO(width=padding.size, depth=PIECES_AHEAD)
+        walked, zero = Signal(padding, name="walked_zeros"), data.View(padding, paddings.r_data)
         behind = Signal(NUMBER_BITS)  # how much older the zeros' command is than the data's
+        waits = Signal()
         m.d.comb += [
-            behind.eq(tile.number - zeros.number),
-            data_walker.step.eq(
-                ready & ~(zero_walker.active & (behind != 0) & ~behind[NUMBER_BITS - 1])
-            ),
-            zero_walker.step.eq(~(data_walker.active & data_walker.step)),
-        ]
-        takes = data_walker.active & data_walker.step
+            walked.place.acc.eq(zeros.acc), walked.place.address.eq(zero_walker.address),
+            walked.place.size.eq(zero_walker.size), walked.number.eq(zeros.number),
+            zero_walker.step.eq(paddings.w_rdy), paddings.w_en.eq(zero_walker.active),
+            paddings.w_data.eq(walked), paddings.r_en.eq(~takes),
+            behind.eq(piece.number - zero.number),
+            waits.eq(paddings.r_rdy & (behind != 0) & ~behind[NUMBER_BITS - 1]),
+            takes.eq(piece_valid & (piece.needed <= self.level) & ~waits),
+            self.read.eq(takes), self.read_size.eq(piece.taken),
+            self.read_left.eq(piece.queue_left),
+        ]  # fmt: skip
 
         # The piece is converted in the next cycle and written in the one after that.
         raw, late = Signal(8 * port, reset_less=True), Signal(reset_less=True)
-        codes = Signal(data.StructLayout({"mem": 4, "local": 4}), reset_less=True)
-        low, high = (Signal(range(port + 1), name=name) for name in ("low", "high"))
-        piece = Signal(
-            data.StructLayout({"acc": 1, "address": bits, "size": range(port + 1)}),
-            reset_less=True,
-        )
+        kind = Signal(len(KINDS), reset_less=True)
+        mask = Signal(port)
+        high = Signal(range(port + 1))
+        write = Signal(place, reset_less=True)
         enable = Signal()
+        m.d.comb += high.eq(piece.gap + piece.count)
         m.d.sync += [
-            enable.eq(data_walker.active & data_walker.step | zero_walker.active),
-            raw.eq(self.read_data), late.eq(half_late), codes.mem.eq(tile.mem),
-            codes.local.eq(tile.local), low.eq(gap), high.eq(Mux(takes, gap + count, 0)),
-            piece.acc.eq(Mux(takes, tile.acc, zeros.acc)),
-            piece.address.eq(Mux(takes, data_walker.address, zero_walker.address)),
-            piece.size.eq(Mux(takes, data_walker.size, zero_walker.size)),
+            enable.eq(takes | paddings.r_rdy),
+            raw.eq(self.read_data), late.eq(piece.half_late), kind.eq(piece.kind),
+            mask.eq(
+                Mux(takes, Cat((piece.gap <= i) & (high > i) for i in range(port)), 0)
+            ),
+            write.acc.eq(Mux(takes, piece.acc, zero.place.acc)),
+            write.address.eq(Mux(takes, piece.address, zero.place.address)),
+            write.size.eq(Mux(takes, piece.size, zero.place.size)),
         ]
-        converted = self._widen(m, raw, late, codes)
-        mask = ((1 << high) - 1)[:port] & ~((1 << low) - 1)[:port]
+        converted = self._widen(m, raw, late, kind)
         m.d.sync += [
-            self.write.enable.eq(enable), self.write.acc.eq(piece.acc),
-            self.write.address.eq(piece.address), self.write.size.eq(piece.size),
+            self.write.enable.eq(enable), self.write.acc.eq(write.acc),
+            self.write.address.eq(write.address), self.write.size.eq(write.size),
             self.write.data.eq(
                 Cat(converted.word_select(i, 8) & mask[i].replicate(8) for i in range(port))
             ),
@@ -120,55 +156,44 @@ class TileWriter(wiring.Component):
         return m
 
     def _arrange(self, m: Module) -> tuple[Signal, Signal, Signal, Signal]:
-        """A plan's tile and zeros, and whether they are there, two cycles after it."""
+        """A plan's tile and zeros, and whether they are there."""
         plan, bits = self.plan, self.address_bits
         tile, zeros = Signal(_Tile(bits)), Signal(_Zeros(bits))
-        local, stride = plan.local, plan.local.row_stride[:bits]
-        has_tile, has_zeros = Signal(2), Signal(2)
+        local = plan.local
+        has_tile, has_zeros = Signal(), Signal()
         mem_size, local_size = Signal(3), Signal(3)
         number = Signal(NUMBER_BITS)
-        above, inner_rows = Signal(COUNT_BITS), Signal(COUNT_BITS)
+        m.d.sync += number.eq(number + self.valid)
         m.d.comb += [
-            above.eq(Mux(plan.atoms, plan.above, local.rows)),
-            inner_rows.eq(local.rows - plan.above - plan.below),
             mem_size.eq(mem_shift(plan.mem_code)),
             local_size.eq(local_shift(plan.local_code) + 1),
-        ]
-        m.d.sync += [
-            has_tile.eq(Cat(self.valid & plan.atoms, has_tile)),
+            has_tile.eq(self.valid & plan.atoms),
             has_zeros.eq(
-                Cat(self.valid & (~plan.atoms | (plan.above != 0) | (plan.below != 0)), has_zeros)
+                self.valid & (~plan.atoms | (plan.above != 0) | (plan.below != 0))
             ),
-            number.eq(number + self.valid),
         ]  # fmt: skip
-        early_tile, early_zeros = Signal(_Tile(bits)), Signal(_Zeros(bits))
-        for rows in (early_tile.rows, early_zeros.rows):
-            m.d.sync += [
-                rows.base.eq(local.base), rows.row_bytes.eq(local.row_bytes),
-                rows.row_stride.eq(stride), rows.planes.eq(local.planes),
-                rows.plane_stride.eq(local.plane_stride),
+        for rows in (tile.rows, zeros.rows):
+            m.d.comb += [
+                rows.row_bytes.eq(local.row_bytes), rows.row_stride.eq(local.row_stride),
+                rows.planes.eq(local.planes), rows.plane_stride.eq(local.plane_stride),
             ]  # fmt: skip
-        m.d.sync += [
-            early_tile.rows.rows.eq(inner_rows), early_zeros.rows.rows.eq(above),
-            early_tile.left.eq(plan.left), early_tile.acc.eq(plan.acc),
-            early_tile.inner.eq(Mux(plan.padded, plan.inner, local.row_bytes)),
-            early_tile.mem.eq(plan.mem_code), early_tile.local.eq(plan.local_code),
-            early_tile.wider.eq(Mux(local_size > mem_size, local_size - mem_size, 0)),
-            early_tile.number.eq(number), early_zeros.number.eq(number),
-            early_zeros.below.eq(Mux(plan.atoms, plan.below, 0)), early_zeros.acc.eq(plan.acc),
-        ]  # fmt: skip
-        first, second = Signal(bits), Signal(bits)
-        both = Signal(COUNT_BITS)
-        m.d.sync += both.eq(plan.above + inner_rows)
         m.d.comb += [
-            first.eq(early_zeros.rows.rows * early_tile.rows.row_stride),
-            second.eq(both * early_tile.rows.row_stride),
-        ]
-        m.d.sync += [
-            tile.eq(early_tile), tile.rows.base.eq(early_tile.rows.base + first),
-            zeros.eq(early_zeros), zeros.second.eq(early_zeros.rows.base + second),
-        ]
-        return tile, zeros, has_tile[1], has_zeros[1]
+            tile.rows.base.eq(plan.data_base), zeros.rows.base.eq(local.base),
+            zeros.second.eq(plan.below_base),
+            tile.rows.rows.eq(plan.data_rows),
+            zeros.rows.rows.eq(Mux(plan.atoms, plan.above, local.rows)),
+            tile.left.eq(plan.left), tile.acc.eq(plan.acc), zeros.acc.eq(plan.acc),
+            tile.inner.eq(Mux(plan.padded, plan.inner, local.row_bytes)),
+            tile.kind.eq(
+                Cat(
+                    (plan.mem_code == mem) & (plan.local_code == local) for mem, local in KINDS
+                )
+            ),
+            tile.wider.eq(Mux(local_size > mem_size, local_size - mem_size, 0)),
+            tile.number.eq(number), zeros.number.eq(number),
+            zeros.below.eq(Mux(plan.atoms, plan.below, 0)),
+        ]  # fmt: skip
+        return tile, zeros, has_tile, has_zeros
 
     def _tiles(self, m: Module, walker: PieceWalker, tile: Signal, valid: Value):
         """Lead the walker from tile to tile; the one it is in."""
@@ -203,36 +228,82 @@ class TileWriter(wiring.Component):
             m.d.sync += [now.eq(head), above_done.eq(~queue.r_en)]
         return now
 
-    def _data_piece(self, m: Module, walker: PieceWalker, tile) -> tuple[Signal, ...]:
-        """Of the data walker's piece: zeros before the data, bytes of data, whether I4 elements
-        lie half a byte higher than they should, and whether the data have come."""
-        port = self.chip.port_bytes
-        kept_left, kept_inner = Signal.like(tile.left), Signal.like(tile.inner)
-        left, inner = Signal.like(tile.left), Signal.like(tile.inner)
-        gap, count, free = (Signal(range(port + 1), name=name) for name in ("gap", "count", "free"))
+    def _pieces(
+        self, m: Module, walker: PieceWalker, tile, takes: Value
+    ) -> tuple[data.View, Value]:
+        """The walker's pieces with all that depends on their order, worked out step by step while
+        their bytes are on their way: the next one, and whether there is one."""
+        layout = _Piece(self.address_bits, self.chip.port_bytes, self.width)
+        walked = Signal(layout, name="walked")
+        m.d.comb += [
+            walked.address.eq(walker.address), walked.size.eq(walker.size),
+            walked.acc.eq(tile.acc), walked.kind.eq(tile.kind), walked.number.eq(tile.number),
+            walked.row_start.eq(walker.row_start), walked.inner.eq(tile.inner),
+            walked.wider.eq(tile.wider),
+        ]  # fmt: skip
+        # Atoms that come in the next cycle leave no time for the first register.
+        early = self.chip.dram_latency == 1
+        done = m.submodules.pieces = SyncFIFO(width=layout.size, depth=PIECES_AHEAD)
+        valid = [Signal(name=f"piece_{i}_valid") for i in range(2)]
+        # At most two pieces are under way beside the one that starts.
+        m.d.comb += walker.step.eq(done.level <= PIECES_AHEAD - 3)
+
+        def later(number: int, piece: data.View) -> data.View:
+            register = Signal(layout, name=f"piece_{number}", reset_less=True)
+            m.d.sync += register.eq(piece)
+            return register
+
+        # The zeros before the data.
+        kept_left, left = Signal.like(tile.left), Signal.like(tile.left)
+        remains = Signal(len(left) + 1)
+        padded = Signal(layout, name="padded_piece")
         m.d.comb += [
             left.eq(Mux(walker.row_start, tile.left, kept_left)),
-            inner.eq(Mux(walker.row_start, tile.inner, kept_inner)),
-            gap.eq(Mux(left < walker.size, left, walker.size)),
-            free.eq(walker.size - gap), count.eq(Mux(inner < free, inner, free)),
-        ]
-        # In half bytes of the stream. A piece may end with half an I4 byte, a row does not.
-        half = Signal()
-        nibbles, before = Signal(range(2 * port + 1)), Signal(range(2 * port + 1))
-        end, half_late, ready = Signal(range(2 * port + 2)), Signal(), Signal()
-        m.d.comb += [
-            nibbles.eq((count << 1) >> tile.wider), before.eq((gap << 1) >> tile.wider),
-            end.eq(nibbles + half), ready.eq((end + 1)[1:] <= self.level),
-            self.read_lane.eq((before + 1 - half)[1:]), half_late.eq(before[0] ^ half),
+            remains.eq(left - walker.size), padded.eq(walked),
+            padded.gap.eq(Mux(remains[-1], left, walker.size)),
+            padded.free.eq(Mux(remains[-1], walker.size - left[: len(walker.size)], 0)),
         ]
         with m.If(walker.active & walker.step):
-            m.d.comb += self.read_size.eq(end >> 1)
-            m.d.sync += [
-                kept_left.eq(left - gap), kept_inner.eq(inner - count), half.eq(end[0]),
-            ]  # fmt: skip
-        return gap, count, half_late, ready
+            m.d.sync += kept_left.eq(Mux(remains[-1], 0, remains))
+        if early:
+            m.d.comb += valid[0].eq(walker.active & walker.step)
+        else:
+            padded = later(0, padded)
+            m.d.sync += valid[0].eq(walker.active & walker.step)
 
-    def _widen(self, m: Module, raw: Signal, late: Signal, codes) -> Signal:
+        # The data.
+        kept_inner, inner = Signal.like(tile.inner), Signal.like(tile.inner)
+        rest = Signal(len(inner) + 1)
+        counted = Signal(layout, name="counted_piece")
+        m.d.comb += [
+            inner.eq(Mux(padded.row_start, padded.inner, kept_inner)),
+            rest.eq(inner - padded.free), counted.eq(padded),
+            counted.count.eq(Mux(rest[-1], inner, padded.free)),
+        ]
+        with m.If(valid[0]):
+            m.d.sync += kept_inner.eq(Mux(rest[-1], 0, rest))
+        counted = later(1, counted)
+        m.d.sync += valid[1].eq(valid[0])
+
+        # Bytes of the stream. A piece may end with half an I4 byte, a row does not.
+        port, lane = self.chip.port_bytes, Signal(range(self.width))
+        half, before = Signal(), Signal(range(2 * port + 1))
+        nibbles, end = Signal(range(2 * port + 1)), Signal(range(2 * port + 2))
+        placed = Signal(layout, name="placed_piece")
+        m.d.comb += [
+            nibbles.eq((counted.count << 1) >> counted.wider),
+            before.eq((counted.gap << 1) >> counted.wider),
+            end.eq(nibbles + half), placed.eq(counted),
+            placed.needed.eq((end + 1)[1:]), placed.taken.eq(end >> 1),
+            placed.half_late.eq(before[0] ^ half),
+            placed.queue_left.eq((before + 1 - half)[1:] - lane),
+        ]  # fmt: skip
+        with m.If(valid[1]):
+            m.d.sync += [half.eq(end[0]), lane.eq(lane + placed.taken)]
+        m.d.comb += [done.w_en.eq(valid[1]), done.w_data.eq(placed), done.r_en.eq(takes)]
+        return data.View(layout, done.r_data), done.r_rdy
+
+    def _widen(self, m: Module, raw: Signal, late: Signal, kind: Signal) -> Signal:
         """A piece's bytes of the stream as local elements."""
         words = self.chip.port_bytes // 4
         byte = [raw.word_select(i, 8) for i in range(4 * words)]
@@ -253,23 +324,20 @@ class TileWriter(wiring.Component):
         # What a local format holds exactly are its lane's own bits; only U8 may have to saturate.
         u8_as_i8 = [Mux(value[7], C(0x7F, 8), value) for value in byte]
         u8 = lanes(DType.U8, byte[:words])
+        wide = {
+            (DType.BF16, DType.F32): bf16, (DType.F8E4M3, DType.F32): f8[:words],
+            (DType.F8E4M3, DType.BF16): [lane[16:] for lane in f8],
+            (DType.I8, DType.I32): i8, (DType.I4, DType.I32): i4[:words],
+            (DType.BOOL, DType.I32): boolean[:words], (DType.U8, DType.I32): u8,
+            (DType.I4, DType.I8): [lane[:8] for lane in i4],
+            (DType.BOOL, DType.I8): [lane[:8] for lane in boolean],
+            (DType.U8, DType.I8): u8_as_i8,
+        }  # fmt: skip
         converted = Signal.like(raw)
-        m.d.comb += converted.eq(raw)
-        with m.Switch(Cat(codes.mem, codes.local)):
-            for mem, local, value in (
-                (DType.BF16, DType.F32, Cat(bf16)),
-                (DType.F8E4M3, DType.F32, Cat(f8[:words])),
-                (DType.F8E4M3, DType.BF16, Cat(lane[16:] for lane in f8)),
-                (DType.I8, DType.I32, Cat(i8)),
-                (DType.I4, DType.I32, Cat(i4[:words])),
-                (DType.BOOL, DType.I32, Cat(boolean[:words])),
-                (DType.U8, DType.I32, Cat(u8)),
-                (DType.I4, DType.I8, Cat(lane[:8] for lane in i4)),
-                (DType.BOOL, DType.I8, Cat(lane[:8] for lane in boolean)),
-                (DType.U8, DType.I8, Cat(u8_as_i8)),
-            ):
-                with m.Case(int(mem) | int(local) << 4):
-                    m.d.comb += converted.eq(value)
+        total = raw & (~kind.any()).replicate(len(raw))
+        for which, pair in enumerate(KINDS):
+            total = total | (Cat(wide[pair]) & kind[which].replicate(len(raw)))
+        m.d.comb += converted.eq(total)
         return converted
 
 

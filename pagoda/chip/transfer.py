@@ -16,6 +16,8 @@ from pagoda.isa.commands import COMMANDS, COUNT_LIMIT
 from pagoda.isa.numbers import DType
 
 GATHER, SCATTER = COMMANDS["gather"].bank, COMMANDS["scatter"].bank
+BRIEF = 4
+MANY = 8  # stands for itself and every larger number in `Plan.small`
 _LOAD = COMMANDS["load"].bank
 _ATOM_BITS = (DRAM_ATOM_BYTES - 1).bit_length()
 
@@ -40,10 +42,18 @@ class Plan(data.StructLayout):
             "local_rows": count,  # of the local side: those with data,
             "all_rows": count,  # and those that are padding too
             "row_words": 34,  # port words of a local row
+            # Loads: one row, which fits an atom, and its local side at most `BRIEF` words.
+            "brief": 1,
             # Loads with padding; all 0 else.
             "padded": 1, "above": 16, "below": 16,
             "left": 18, "inner": 32,  # bytes of a local row before the data, and of the data
             "right_words": 18,  # port words of the columns padded after
+            # Loads: the local rows with data, where the first one begins and the row behind them.
+            "data_rows": 21, "data_base": 31, "below_base": 31,
+            # The same in few bits: MANY if more. `whole`: port words of a padded tile, else 0.
+            "small": data.StructLayout(
+                dict.fromkeys(("rows", "few", "words", "whole", "right"), 4)
+            ),
         })  # fmt: skip
 
 
@@ -72,6 +82,34 @@ def _table(code: Value, values: dict[DType, int]) -> Value:
     return result
 
 
+def _quotient(value: Value, divisor: int) -> Value:
+    """ceil(value / divisor), a power of two."""
+    bits = (divisor - 1).bit_length()
+    return (value >> bits) + value[:bits].any()
+
+
+def _small(value: Value) -> Value:
+    return Mux(Value.cast(value)[3:].any(), C(MANY, 4), value[:3])
+
+
+def _small_quotient(value: Value, divisor: int) -> Value:
+    """ceil(value / divisor), a power of two, as in `Plan.small`."""
+    bits = (divisor - 1).bit_length()
+    value = Value.cast(value)
+    return Mux(value[bits + 3 :].any(), C(MANY, 4), value[bits : bits + 3] + value[:bits].any())
+
+
+def _small_product(m: Module, a: Value, b: Value, name: str) -> Signal:
+    """Of factors as in `Plan.small` that are not 0; few cases are small."""
+    product = Signal(4, name=name, init=MANY)
+    with m.Switch(Cat(a, b)):
+        for left in range(1, MANY):
+            for right in range(1, -(-MANY // left)):
+                with m.Case(left | right << 4):
+                    m.d.comb += product.eq(left * right)
+    return product
+
+
 class TransferPlan(wiring.Component):
     """Makes the plan of every job that is not empty, `plan_lag(chip)` cycles after its `start`.
 
@@ -93,13 +131,16 @@ class TransferPlan(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         job, valid = self.job, Signal()
+        can_pad = (self.job.bank == _LOAD) if self.loads else C(0, 1)
         m.d.comb += valid.eq(self.start & ~self.job.empty)
         if self.lag >= 2:
             job, valid = Signal(Job(), reset_less=True), Signal()
             m.d.sync += valid.eq(self.start & ~self.job.empty)
+            is_load = Signal(reset_less=True)
             with m.If(self.start):
-                m.d.sync += job.eq(self.job)
-        rows = self._rows(m, job)
+                m.d.sync += [job.eq(self.job), is_load.eq(can_pad)]
+            can_pad = is_load
+        rows = self._rows(m, job, can_pad)
         if self.lag >= 3:
             rows, valid = self._register(m, rows, valid, "rows")
         merged = self._merge(m, rows)
@@ -117,7 +158,7 @@ class TransferPlan(wiring.Component):
             m.d.sync += later[name].eq(value)
         return later, later_valid
 
-    def _rows(self, m: Module, job) -> dict[str, Value]:
+    def _rows(self, m: Module, job, can_pad: Value) -> dict[str, Value]:
         """Rows as the command has them; how many they and their elements are."""
         words, n = job.words, self.count_bits
 
@@ -127,7 +168,6 @@ class TransferPlan(wiring.Component):
             return made
 
         indexed = value("indexed", 1, (job.bank == GATHER) | (job.bank == SCATTER))
-        can_pad = (job.bank == _LOAD) if self.loads else C(0, 1)
         pads = [Mux(can_pad, word[low : low + 16], 0)
                 for word in (words[11], words[12]) for low in (0, 16)]  # fmt: skip
         above, below, left, right = (
@@ -135,7 +175,8 @@ class TransferPlan(wiring.Component):
             for name, pad in zip(("above", "below", "left", "right"), pads, strict=True)
         )
         padded = value("padded", 1, Cat(above, below, left, right).any())
-        mem, local = mem_shift(words[0][0:4]), local_shift(words[0][4:8])
+        mem = value("mem_places", 3, mem_shift(words[0][0:4]))
+        local = value("local_places", 3, local_shift(words[0][4:8]))
         cols, rows = words[4][:n], words[5][:n]
         planes = value("planes", n, Mux(indexed, 1, words[6][:n]))
         inner_rows = value("inner_rows", n, rows - above - below)
@@ -143,7 +184,8 @@ class TransferPlan(wiring.Component):
         mem_row = value("mem_row", n + 3, (inner_cols << mem) >> 1)
         local_row = value("local_row", n + 2, cols << local)
         return {
-            "indexed": indexed, "padded": padded, "above": above, "below": below,
+            "mem_shift": mem, "local_shift": local, "indexed": indexed, "padded": padded,
+            "above": above, "below": below,
             "left": value("left_bytes", 18, left << local),
             "right": value("right_bytes", 18, right << local),
             "inner": value("inner", n + 2, inner_cols << local),
@@ -163,6 +205,7 @@ class TransferPlan(wiring.Component):
             ),
             "mem_base": value("mem_base", 48, job.base + words[2]),
             "mem_row_stride": words[7], "mem_plane_stride": words[8],
+            "to_below": value("to_below", n, rows - below),
             "local_base": words[3], "row_stride": words[9], "plane_stride": words[10],
             "go": value("go", 9, words[0][:9]), "pc": job.pc, "index": job.index,
         }  # fmt: skip
@@ -175,12 +218,32 @@ class TransferPlan(wiring.Component):
             return made
 
         bits = self.element_bits
-        mem, local = mem_shift(r["go"][0:4]), local_shift(r["go"][4:8])
+        mem, local = r["mem_shift"], r["local_shift"]
         mem_plane = value("mem_plane", bits + 3, (r["elements"] << mem) >> 1)
         local_plane = value("local_plane", bits + 2, r["elements"] << local)
         one = r["planes"] == 1
+        local_bits = max(self.chip.sram_bytes, self.chip.acc_bytes).bit_length() - 1
+
+        def offset(name: str, rows: Value) -> Value:
+            product = rows[:local_bits] * r["row_stride"][:local_bits]
+            return value(name, local_bits, product) if self.loads else C(0, 1)
+
+        port = self.chip.port_bytes
+        row_words = value("small_row_words", 4, _small_quotient(r["local_row"], port))
+        plane_words = value("small_plane_words", 4, _small_quotient(local_plane, port))
+        counts = {name: value(f"small_{name}", 4, _small(r[name]))
+                  for name in ("row_count", "planes", "all_rows")}  # fmt: skip
+        rows_small = _small_product(m, counts["row_count"], row_words, "small_words_of_rows")
+        planes_small = _small_product(m, counts["planes"], plane_words, "small_words_of_planes")
+        all_small = _small_product(m, counts["all_rows"], row_words, "small_words_of_all")
         return {
             **{name: made for name, made in r.items() if name != "elements"},
+            "small_rows": counts["row_count"], "small_planes": counts["planes"],
+            "rows_small": rows_small, "planes_small": planes_small,
+            "whole_small": value("whole_small", 4, Mux(r["padded"], all_small, 0)),
+            "right_small": value("right_small", 4, _small_quotient(r["right"], port)),
+            "data_offset": offset("data_offset", r["above"]),
+            "below_offset": offset("below_offset", r["to_below"]),
             "mem_plane": mem_plane, "local_plane": local_plane,
             "all_elements": value("all_elements", bits, r["elements"] * r["planes"]),
             "mem_merges_planes": value(
@@ -195,17 +258,17 @@ class TransferPlan(wiring.Component):
 
     def _select(self, m: Module, r: dict[str, Value]) -> None:
         plan = self.plan
-        mem, local = mem_shift(r["go"][0:4]), local_shift(r["go"][4:8])
-        for side, prefix, inner_rows, total in (
-            (plan.mem, "mem", r["inner_rows"], (r["all_elements"] << mem) >> 1),
-            (plan.local, "local", r["rows"], r["all_elements"] << local),
-        ):
+        mem, local = r["mem_shift"], r["local_shift"]
+        totals = {"mem": (r["all_elements"] << mem) >> 1, "local": r["all_elements"] << local}
+        for side, prefix, inner_rows in (
+            (plan.mem, "mem", r["inner_rows"]), (plan.local, "local", r["rows"]),
+        ):  # fmt: skip
             strides = {
                 "mem": (r["mem_row_stride"].as_signed(), r["mem_plane_stride"].as_signed()),
                 "local": (r["row_stride"], r["plane_stride"]),
             }[prefix]
             with m.If(r[f"{prefix}_merges_planes"]):
-                m.d.comb += [side.row_bytes.eq(total), side.rows.eq(1), side.planes.eq(1)]
+                m.d.comb += [side.row_bytes.eq(totals[prefix]), side.rows.eq(1), side.planes.eq(1)]
             with m.Elif(r[f"{prefix}_merges"]):
                 m.d.comb += [
                     side.row_bytes.eq(r[f"{prefix}_plane"]), side.rows.eq(r["planes"]),
@@ -221,8 +284,10 @@ class TransferPlan(wiring.Component):
                 side.row_stride.eq(Mux(merged, strides[1], strides[0])),
                 side.plane_stride.eq(strides[1]),
             ]  # fmt: skip
-        before_end, local_rows = Signal(40), Signal(COUNT_LIMIT.bit_length())
-        port = (self.chip.port_bytes - 1).bit_length()
+        port, atom = self.chip.port_bytes, DRAM_ATOM_BYTES
+        row_bytes, local_bytes = plan.mem.row_bytes, plan.local.row_bytes
+        whole_mem, whole_local = r["mem_merges_planes"], r["local_merges_planes"]
+        local_rows = Signal(COUNT_LIMIT.bit_length())
         m.d.comb += [
             plan.mem.base.eq(r["mem_base"]), plan.local.base.eq(r["local_base"][:31]),
             plan.acc.eq(r["local_base"][31]),
@@ -230,21 +295,41 @@ class TransferPlan(wiring.Component):
             plan.accumulate.eq(C(0) if self.loads else r["go"][8]),
             plan.indexed.eq(r["indexed"]), plan.pc.eq(r["pc"]), plan.index.eq(r["index"]),
             plan.atoms.eq(r["atoms"]),
-            plan.rows.eq(
-                Mux(r["mem_merges_planes"], 1, Mux(r["mem_merges"], r["planes"], r["row_count"]))
-            ),
+            plan.rows.eq(Mux(whole_mem, 1, Mux(r["mem_merges"], r["planes"], r["row_count"]))),
             local_rows.eq(
-                Mux(
-                    r["local_merges_planes"], 1,
-                    Mux(r["local_merges"], r["planes"], r["row_count"]),
-                )
+                Mux(whole_local, 1, Mux(r["local_merges"], r["planes"], r["row_count"]))
             ),
-            before_end.eq(plan.mem.row_bytes - 1),
-            plan.few.eq((before_end >> _ATOM_BITS) + 1), plan.ends.eq(before_end[:_ATOM_BITS]),
+            plan.few.eq((row_bytes >> _ATOM_BITS) + row_bytes[:_ATOM_BITS].any()),
+            plan.ends.eq(row_bytes[:_ATOM_BITS] - 1),
             plan.local_rows.eq(local_rows),
             plan.all_rows.eq(Mux(r["padded"], r["all_rows"], local_rows)),
-            plan.row_words.eq((plan.local.row_bytes + self.chip.port_bytes - 1) >> port),
+            plan.row_words.eq(_quotient(local_bytes, port)),
             plan.padded.eq(r["padded"]), plan.above.eq(r["above"]), plan.below.eq(r["below"]),
             plan.left.eq(r["left"]), plan.inner.eq(r["inner"]),
-            plan.right_words.eq((r["right"] + self.chip.port_bytes - 1) >> port),
+            plan.data_rows.eq(Mux(r["padded"], r["inner_rows"], plan.local.rows)),
+            plan.data_base.eq(plan.local.base + r["data_offset"]),
+            plan.below_base.eq(plan.local.base + r["below_offset"]),
+            plan.right_words.eq(_quotient(r["right"], port)),
+            plan.brief.eq(self._brief(r, totals["local"]) if self.loads else 0),
+            plan.small.rows.eq(
+                Mux(whole_mem, 1, Mux(r["mem_merges"], r["small_planes"], r["small_rows"]))
+            ),
+            plan.small.few.eq(_small_quotient(row_bytes, atom)),
+            plan.small.words.eq(
+                Mux(
+                    whole_local, _small_quotient(totals["local"], port),
+                    Mux(r["local_merges"], r["planes_small"], r["rows_small"]),
+                )
+            ),
+            plan.small.whole.eq(r["whole_small"]), plan.small.right.eq(r["right_small"]),
         ]  # fmt: skip
+
+    def _brief(self, r: dict[str, Value], local_total: Value) -> Value:
+        most = BRIEF * self.chip.port_bytes
+        one_row = r["mem_merges_planes"] | (r["indexed"] & (r["row_count"] == 1))
+        local = Mux(
+            r["local_merges_planes"], local_total <= most,
+            Mux(r["local_merges"], r["planes_small"] <= BRIEF, r["rows_small"] <= BRIEF),
+        )  # fmt: skip
+        fits = self.plan.mem.row_bytes <= DRAM_ATOM_BYTES
+        return one_row & fits & local & (r["right_small"] == 0) & (r["whole_small"] <= BRIEF)

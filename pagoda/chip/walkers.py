@@ -6,10 +6,11 @@ their start. Rows of gather and scatter come from an `IndexReader`.
 
 from __future__ import annotations
 
-from amaranth.hdl import C, Module, Mux, Signal, signed
+from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
 
 from pagoda.chip.interfaces import DRAM_ADDRESS_BITS, Side, SideRead
 from pagoda.isa.chip import Chip
@@ -51,7 +52,8 @@ class PieceWalker(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        bits, side = self.address_bits, self.side
+        bits, side, limit = self.address_bits, self.side, self.limit
+        within = (limit - 1).bit_length()  # bits of a place in a piece
         row_bytes, left = Signal(self.size_bits), Signal(self.size_bits)
         base, row, plane = Signal(bits), Signal(bits), Signal(bits)
         row_stride, plane_stride = Signal(bits), Signal(bits)
@@ -59,71 +61,96 @@ class PieceWalker(wiring.Component):
             Signal(COUNT_BITS, name=name) for name in ("rows", "rows_left", "planes_left")
         )
         busy, indexed = Signal(), Signal()
-
-        most = Signal(range(self.limit + 1))
-        piece_end = Signal()
-        if self.aligned:
-            m.d.comb += most.eq(self.limit - self.address[: (self.limit - 1).bit_length()])
-        else:
-            m.d.comb += most.eq(self.limit)
+        # What is asked of the counters, known when they change: the row fits a piece, it is the
+        # plane's last one, all planes have one row, it is the last plane.
+        short, row_last, one_row, plane_last = (
+            Signal(name=name) for name in ("short", "row_last", "one_row", "plane_last")
+        )
+        piece_end, final = Signal(), Signal()
         m.d.comb += [
-            self.row_end.eq(left <= most),
-            self.size.eq(Mux(self.row_end, left, most)),
-            self.last.eq(self.row_end & (rows_left == 1) & (planes_left == 1)),
+            final.eq(row_last & plane_last),
+            self.last.eq(self.row_end & final),
             piece_end.eq(self.active & self.step),
             self.ready.eq(~busy | (piece_end & self.last)),
         ]
 
-        # The next row, if the row that ends is not the last one.
-        wanted, next_row = Signal(), Signal(bits)
-        with m.If(rows_left == 1):
-            m.d.comb += next_row.eq(plane + plane_stride)
-        with m.Else():
-            m.d.comb += next_row.eq(row + row_stride)
-        m.d.comb += wanted.eq(busy & indexed & (~self.active | (piece_end & self.row_end)))
+        # The row that may be entered: the first one of a side, or the next one.
+        fresh, by_index = Signal(), Signal()
+        new_row, length = Signal(bits), Signal(self.size_bits)
+        start, distance = Signal(bits), Signal(bits)
+        fits = Signal()
+        m.d.comb += [
+            fresh.eq(~busy | (self.active & self.last)),
+            by_index.eq(Mux(fresh, self.indexed, indexed)),
+            start.eq(Mux(fresh, side.base, Mux(indexed, base, Mux(row_last, plane, row)))),
+            distance.eq(
+                Mux(by_index, self.row_offset, Mux(row_last, plane_stride, row_stride))
+            ),
+            new_row.eq(start + Mux(fresh & ~self.indexed, 0, distance)),
+            length.eq(Mux(fresh, side.row_bytes, row_bytes)),
+            fits.eq(Mux(fresh, self._fits(side.row_bytes), short)),
+        ]
+        first = new_row[:within] if self.aligned else C(0, 1)
+        whole = Signal()  # the row is one piece
+        m.d.comb += whole.eq(fits & (length[: within + 1] + first <= limit))
 
-        def enter_row(address) -> list:
-            return [
-                self.active.eq(1), self.address.eq(address), row.eq(address),
-                self.row_start.eq(1),
-            ]  # fmt: skip
-
-        with m.If(piece_end):
+        enters, ends_row = Signal(), Signal()
+        m.d.comb += [
+            ends_row.eq(piece_end & self.row_end),
+            enters.eq(
+                Mux(
+                    self.go, ~self.indexed | self.row_valid,
+                    Mux(indexed, self.row_valid & busy & (~self.active | ends_row), ends_row)
+                    & ~(piece_end & self.last),
+                )
+            ),
+            self.row_next.eq(enters & by_index),
+        ]  # fmt: skip
+        rest = Signal.like(left)
+        m.d.comb += rest.eq(left - (self.size if self.aligned else limit))
+        with m.If(enters):
             m.d.sync += [
-                self.address.eq(self.address + self.size), left.eq(left - self.size),
-                self.row_start.eq(0),
+                self.active.eq(1), self.address.eq(new_row), row.eq(new_row),
+                self.row_start.eq(1), self.row_end.eq(whole), left.eq(length),
+                self.size.eq(Mux(whole, length[: within + 1], limit - first)),
             ]  # fmt: skip
-            with m.If(self.row_end):
-                m.d.sync += left.eq(row_bytes)
-                m.d.sync += rows_left.eq(rows_left - 1)
-                with m.If(rows_left == 1):
-                    m.d.sync += [
-                        rows_left.eq(rows), planes_left.eq(planes_left - 1), plane.eq(next_row),
-                    ]  # fmt: skip
-                with m.If(indexed):
-                    m.d.sync += self.active.eq(0)
-                with m.Else():
-                    m.d.sync += enter_row(next_row)
-                with m.If(self.last):
-                    m.d.sync += [busy.eq(0), self.active.eq(0)]
-        with m.If(wanted & ~(piece_end & self.last) & self.row_valid):
-            m.d.comb += self.row_next.eq(1)
-            m.d.sync += enter_row(base + self.row_offset)
+        with m.Elif(self.go | ends_row):
+            m.d.sync += self.active.eq(0)
+        with m.Elif(piece_end):
+            low = C(0, within) if self.aligned else self.address[:within]
+            m.d.sync += [
+                self.address.eq(Cat(low, self.address[within:] + 1)), left.eq(rest),
+                self.row_start.eq(0), self.row_end.eq(self._fits(rest)),
+                self.size.eq(Mux(self._fits(rest), rest[: within + 1], limit)),
+            ]  # fmt: skip
+
         with m.If(self.go):
             m.d.sync += [
                 busy.eq(1), indexed.eq(self.indexed), base.eq(side.base),
-                row_bytes.eq(side.row_bytes), left.eq(side.row_bytes), plane.eq(side.base),
-                row_stride.eq(side.row_stride), plane_stride.eq(side.plane_stride),
-                rows.eq(side.rows), rows_left.eq(side.rows), planes_left.eq(side.planes),
+                row_bytes.eq(side.row_bytes), short.eq(self._fits(side.row_bytes)),
+                plane.eq(side.base), row_stride.eq(side.row_stride),
+                plane_stride.eq(side.plane_stride), rows.eq(side.rows),
+                rows_left.eq(side.rows), planes_left.eq(side.planes),
+                row_last.eq(side.rows == 1), one_row.eq(side.rows == 1),
+                plane_last.eq(side.planes == 1),
             ]  # fmt: skip
-            with m.If(~self.indexed):
-                m.d.sync += enter_row(side.base)
-            with m.Elif(self.row_valid):
-                m.d.comb += self.row_next.eq(1)
-                m.d.sync += enter_row(side.base + self.row_offset)
+        with m.Elif(ends_row):
+            with m.If(final):
+                m.d.sync += busy.eq(0)
+            with m.If(row_last):
+                m.d.sync += [
+                    rows_left.eq(rows), row_last.eq(one_row), plane.eq(new_row),
+                    planes_left.eq(planes_left - 1), plane_last.eq(planes_left == 2),
+                ]  # fmt: skip
             with m.Else():
-                m.d.sync += self.active.eq(0)
+                m.d.sync += [rows_left.eq(rows_left - 1), row_last.eq(rows_left == 2)]
         return m
+
+    def _fits(self, size: Value) -> Value:
+        """Whether so many bytes fit a piece that begins at a multiple of `limit`."""
+        bits = (self.limit - 1).bit_length()
+        size = Value.cast(size)
+        return ~(size[bits + 1 :].any() | (size[bits] & size[:bits].any()))
 
 
 class IndexReader(wiring.Component):
@@ -151,6 +178,7 @@ class IndexReader(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         group = self.chip.port_bytes // 4
+        bits = min(ceil_log2(self.chip.dram_bytes), ROW_OFFSET_BITS)  # of an address at most
         begin, rows, stride, first = self.start, self.rows, self.stride, self.indices
         if not self.early:
             begin, rows = Signal(), Signal(COUNT_BITS)
@@ -162,17 +190,17 @@ class IndexReader(wiring.Component):
                 ]  # fmt: skip
         left, factor, address = Signal(COUNT_BITS), Signal(signed(32)), Signal(31)
         within = Signal(range(group))  # the next index in the words that were read
-        products = m.submodules.products = SyncFIFO(width=ROW_OFFSET_BITS, depth=INDEX_DEPTH)
+        products = m.submodules.products = SyncFIFO(width=bits, depth=INDEX_DEPTH)
         index = Signal(signed(32))
-        product = Signal(signed(ROW_OFFSET_BITS))
+        product = Signal(signed(bits))
         take = Signal()
         m.d.comb += [
             index.eq(self.side.data.word_select(within, 32)),
-            product.eq(index * factor),
+            product.eq(index[:bits] * factor[:bits]),
             take.eq((left != 0) & products.w_rdy),
             products.w_en.eq(take), products.w_data.eq(product),
             self.scanned.eq(take), self.scanned_low.eq(product[:6]),
-            self.row_valid.eq(products.r_rdy), self.row_offset.eq(products.r_data),
+            self.row_valid.eq(products.r_rdy), self.row_offset.eq(products.r_data.as_signed()),
             products.r_en.eq(self.row_next),
         ]  # fmt: skip
         with m.If(take):
