@@ -55,7 +55,8 @@ class Bench(wiring.Component):
         connect(m, launcher.host, flipped(self.host))
         m.d.comb += launcher.idle.eq(self.idle)
         for number in range(self.chip.cores):
-            m.submodules[f"unit_{number}"] = unit = ControlUnit(self.chip, number)
+            m.submodules[f"unit_{number}"] = unit = ControlUnit(self.chip)
+            m.d.comb += unit.number.eq(number)
             for name, member in launcher.launch.signature.members.items():
                 assert member.flow is Out
                 m.d.comb += getattr(unit.launch, name).eq(getattr(launcher.launch, name))

@@ -1,6 +1,7 @@
 """`pagoda rtl` and `pagoda run --machine rtl`: what they write, and what they say to bad input."""
 
 import importlib.util
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,19 +16,21 @@ def joined(text):
     return " ".join(text.split())
 
 
-def test_rtl_writes_verilog_with_the_element_once_and_a_map(pagoda, tmp_path):
+def test_rtl_writes_verilog_with_every_unit_once_and_a_map(pagoda, tmp_path):
     chip = tmp_path / "mini.toml"
-    chip.write_text('base = "tiny8"\nrows = 2\ncols = 2\nlanes = 2\nwindow = 2\n')
+    chip.write_text('base = "tiny8"\nrows = 2\ncols = 2\nlanes = 2\nwindow = 2\ncores = 2\n')
     code, out, _ = pagoda("rtl", "--chip", str(chip), "-o", str(tmp_path / "out"))
     assert code == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["filelist.f", "map.md", "pagoda_chip.v", "pagoda_pe.v"]
     assert "chip mini in " in out
-    element = (tmp_path / "out/pagoda_pe.v").read_text()
-    top = (tmp_path / "out/pagoda_chip.v").read_text()
-    assert "module pagoda_pe(" in element
-    assert "module pagoda_pe(" not in top
-    assert top.count("pagoda_pe element") + top.count("pagoda_pe \\") >= 4
+    files = (tmp_path / "out/filelist.f").read_text().split()
+    texts = {name: (tmp_path / "out" / name).read_text() for name in files}
+    assert {"pagoda_chip.v", "pagoda_core.v", "pagoda_pe.v", "pagoda_float_lane.v"} < set(texts)
+    for name, text in texts.items():
+        module = name.removesuffix(".v")
+        assert text.count(f"module {module}(") == 1
+        assert not any(f"module {module}(" in other for n, other in texts.items() if n != name)
+    assert len(re.findall(r"^  pagoda_core ", texts["pagoda_chip.v"], re.MULTILINE)) == 2
+    assert len(re.findall(r"^  pagoda_pe ", texts["pagoda_core.v"], re.MULTILINE)) == 4
     listed = (tmp_path / "out/map.md").read_text()
     assert "| `memory__0__araddr` | out | 48 |" in listed
     watchdog = "| `0x18` | `watchdog` | 2 | write | limit of the launch in cycles, at least 1 |"

@@ -24,6 +24,7 @@ from amaranth.lib.wiring import In, Out
 from pagoda.chip import verilate
 from pagoda.chip.interfaces import Job
 from pagoda.chip.matrix_engine import MatrixEngine
+from pagoda.chip.modules import shared_verilog
 from pagoda.chip.processing_element import (
     A_BIAS,
     B_BIAS,
@@ -32,9 +33,9 @@ from pagoda.chip.processing_element import (
     delay,
     encode_float,
     encode_int,
+    processing_element,
 )
-from pagoda.chip.systolic_array import pe_verilog
-from pagoda.chip.verilate import Model, to_verilog
+from pagoda.chip.verilate import Model
 
 CHIPS = {
     "tiny": PRESETS["tiny"],
@@ -56,6 +57,10 @@ class Command:
     last_write: int = -1
 
 
+def with_shared_modules(component, name: str) -> str:
+    return "".join(shared_verilog(name, component).values())
+
+
 class Bench:
     """An engine between a SRAM and an ACC; starts commands as the window would."""
 
@@ -64,10 +69,9 @@ class Bench:
         if chip.name in WITH_SUBMODULES:
             self.model = Model(MatrixEngine(chip), "matrix_engine")
         else:
-            element = pe_verilog(chip)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(verilate, "to_verilog", lambda *top: to_verilog(*top) + element)
-                self.model = Model(MatrixEngine(chip, black_box=True), "matrix_engine")
+                patch.setattr(verilate, "to_verilog", with_shared_modules)
+                self.model = Model(MatrixEngine(chip), "matrix_engine")
         self.noise = random.Random(5)
 
     def run(self, commands: list[Command], sram: np.ndarray, acc: np.ndarray) -> None:
@@ -278,14 +282,15 @@ def test_an_empty_command_leaves_the_engine_free():
 @pytest.mark.parametrize("rows, cols", [(4, 4), (8, 8), (8, 4), (4, 8), (16, 16)])
 def test_sizes_elaborate(rows, cols):
     chip = replace(PRESETS["tiny"], rows=rows, cols=cols, lanes=max(rows, cols))
-    text = to_verilog(MatrixEngine(chip, black_box=True), "matrix_engine")
-    assert text.count("pagoda_pe ") >= rows * cols
-    assert "module pagoda_pe(" in pe_verilog(chip)
+    texts = shared_verilog("matrix_engine", MatrixEngine(chip))
+    assert list(texts) == ["matrix_engine", "pagoda_pe"]
+    assert texts["matrix_engine"].count("pagoda_pe ") == rows * cols
+    assert texts["pagoda_pe"].count("module pagoda_pe(") == 1
 
 
 def test_a_float_element_needs_three_stages():
     with pytest.raises(ValueError) as refused:
-        pe_verilog(replace(PRESETS["tiny"], pe_stages=2))
+        processing_element(replace(PRESETS["tiny"], pe_stages=2))
     assert str(refused.value) == (
         "chip 'tiny': pe_stages = 2: a bf16 element needs 3 or more; use pe_stages = 3"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -280,7 +281,9 @@ def test_memories_become_macros_and_small_ones_stay():
 
     macros: dict[str, synth_design.Macro] = {}
     fragment = synth_design.Fragment.get(Launcher(PRESETS["tiny"]), None)
-    memories = list(synth_design._replace_memories(fragment, ("launcher",), macros))
+    synth_design._replace_memories(fragment, macros)
+    found = synth_design._memories({"top": fragment}, "top", ("launcher",), macros)
+    memories = list(found)
     assert [(m.name, m.words, m.width, m.bits) for m in memories] == [
         ("launcher.argument_words", 1024, 32, 32768)
     ]
@@ -290,6 +293,17 @@ def test_memories_become_macros_and_small_ones_stay():
     library = liberty.memory_library({macro.name: macro.pins()})
     assert liberty.library_cells(library) == {macro.name: liberty.LibraryCell(0.0, False)}
     assert library.count("{") == library.count("}")
+
+
+def test_a_memory_in_a_shared_module_counts_once_an_instance():
+    chip = replace(PRESETS["tiny"], rows=2, cols=2)
+    design = synth_design.design_of(chip, "vector", macros=True)
+    roms = [memory.name for memory in design.memories if memory.name.endswith(".unit.rom")]
+    assert roms == [
+        f"pipeline.{stage}_table_functions.unit_{unit}.unit.rom"
+        for stage in ("first", "second") for unit in (0, 1)
+    ]  # fmt: skip
+    assert sum(text.count("module pagoda_table_unit(") for text in design.files.values()) == 1
 
 
 def test_a_large_array_is_refused():
@@ -452,7 +466,7 @@ def test_an_element_in_180_nm(pagoda, tmp_path):
     found = json.loads(out.splitlines()[-1])
     assert found["folder"] == str(tmp_path / "tiny8-pe-asic")
     assert 20_000 < found["totals"]["area_um2"] < 45_000
-    assert found["totals"]["flip_flops"] == 49
+    assert found["totals"]["flip_flops"] == 65
     assert 100 < found["clock_mhz"] < 400
     assert found["origin"]["node"] == "180 nm"
     assert set(found["origin"]["tools"]) == {"yosys", "OpenSTA"}

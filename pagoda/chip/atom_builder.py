@@ -23,6 +23,7 @@ from amaranth.utils import ceil_log2
 from pagoda.chip.atom_table import Atom
 from pagoda.chip.formats import decode_element, encode_element
 from pagoda.chip.interfaces import ATOM_BITS, dram_slot_ratio
+from pagoda.chip.modules import once
 from pagoda.chip.sum_lane import STEPS, SumLane
 from pagoda.chip.tile_stream import Mode, width_code
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
@@ -142,7 +143,7 @@ class AtomBuilder(wiring.Component):
 
         # Widen, add.
         widened = self._widened(m, stream, taken.mode)
-        total = self._totals(m, stream, old, taken.mode)
+        total = self._totals(m, platform, stream, old, taken.mode)
         added, added_valid, old_late = taken, taken_valid & taken.mode.accumulate, old
         in_flight = added_valid
         for i in range(sum_stages(self.chip) - 1):
@@ -248,13 +249,16 @@ class AtomBuilder(wiring.Component):
                     )
         return widened
 
-    def _totals(self, m: Module, stream: Signal, old: Signal, mode: data.View) -> list[Value]:
+    def _totals(
+        self, m: Module, platform: object, stream: Signal, old: Signal, mode: data.View
+    ) -> list[Value]:
         """Lanes of old + stream, some cycles later: 4 bytes of the stream or less a lane."""
         totals = []
         lanes, stages = self.granule // 4, sum_stages(self.chip)
         before, behind = (m.d.sync if stages > STEPS + i else m.d.comb for i in (1, 0))
         for i in range(lanes):
-            lane = m.submodules[f"lane_{i}"] = SumLane(min(stages, STEPS))
+            lane = SumLane(min(stages, STEPS))
+            m.submodules[f"lane_{i}"] = once(platform, "pagoda_sum_lane", lane)
             raw = Signal(32, name=f"tile_{i}")
             with m.Switch(mode.local):
                 for dtype in (DType.BF16, DType.I8):

@@ -41,12 +41,13 @@ def _region(region: memory_map.Region) -> int:
 
 class ControlUnit(wiring.Component):
     """`port` stores to the command port, `writers` and `side` serve loads from SRAM, `slots`
-    answers the command port; `launch` and `status` belong to the launcher."""
+    answers the command port; `launch` and `status` belong to the launcher. number: the core's."""
 
-    def __init__(self, chip: Chip, core_number: int):
-        self.chip, self.core_number = chip, core_number
+    def __init__(self, chip: Chip):
+        self.chip = chip
         super().__init__({
-            "launch": In(LaunchBus()), "status": Out(ControlStatus()), "port": Out(PortStore()),
+            "number": In(8), "launch": In(LaunchBus()), "status": Out(ControlStatus()),
+            "port": Out(PortStore()),
             "writers": Out(WriterQuery()), "side": Out(SideRead(chip)), "slots": In(SlotTable()),
         })  # fmt: skip
 
@@ -126,7 +127,7 @@ class ControlUnit(wiring.Component):
                 write.addr.eq(launch.load_address), write.data.eq(launch.load_data),
                 write.en.eq(0b1111),
             ]  # fmt: skip
-        core_register = Mux(self.offset[2], chip.cores, self.core_number)
+        core_register = Mux(self.offset[2], chip.cores, self.number)
         is_register = bus.address[28:] == _region(memory_map.CORE_REGISTERS)
         short = Signal(32)
         m.d.sync += short.eq(Mux(is_register, core_register, read.data.as_value()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Signal, Value
+from amaranth.hdl import Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -45,17 +45,13 @@ class CoreTrace(wiring.Signature):
 
 class Core(wiring.Component):
     """Everything of a core that stops with the clock enable; its LocalMemory does not, so the
-    ports to it lead outside. `idle`: no command is in flight or on its way.
+    ports to it lead outside. `idle`: no command is in flight or on its way; `number`: the
+    core's own."""
 
-    black_box: the array's elements are instances of one Verilog module, stopped by `enable`."""
-
-    def __init__(
-        self, chip: Chip, number: int, black_box: bool = False, enable: Value | None = None
-    ):
-        self.chip, self.number = chip, number
-        self.black_box, self.enable = black_box, enable
+    def __init__(self, chip: Chip):
+        self.chip = chip
         super().__init__({
-            "launch": In(LaunchBus()), "status": Out(ControlStatus()),
+            "number": In(8), "launch": In(LaunchBus()), "status": Out(ControlStatus()),
             "overflow": Out(Overflow()), "idle": Out(1), "dram": Out(DramPort()),
             **dict.fromkeys(READERS, Out(LocalRead(chip))),
             **dict.fromkeys(WRITERS, Out(LocalWrite(chip))),
@@ -66,15 +62,16 @@ class Core(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         chip = self.chip
-        m.submodules.control = control = ControlUnit(chip, self.number)
+        m.submodules.control = control = ControlUnit(chip)
         m.submodules.command_port = port = CommandPort(chip)
         m.submodules.window = window = Window(chip)
         m.submodules.timer = timer = SlotTimer(chip)
         m.submodules.load = load = LoadEngine(chip)
         m.submodules.store = store = StoreEngine(chip)
-        m.submodules.matrix = matrix = MatrixEngine(chip, self.black_box, self.enable)
+        m.submodules.matrix = matrix = MatrixEngine(chip)
         m.submodules.vector = vector = VectorEngine(chip)
 
+        m.d.comb += control.number.eq(self.number)
         connect(m, control.launch, flipped(self.launch))
         connect(m, control.status, flipped(self.status))
         connect(m, control.port, port.store)

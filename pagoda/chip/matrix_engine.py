@@ -48,13 +48,10 @@ MOST_LEAD = 2  # of an element's sums behind A
 
 
 class MatrixEngine(wiring.Component):
-    """control: the window's starts. a, b: SRAM. psum, write: ACC.
+    """control: the window's starts. a, b: SRAM. psum, write: ACC."""
 
-    black_box and enable: see `SystolicArray`.
-    """
-
-    def __init__(self, chip: Chip, black_box: bool = False, enable: Value | None = None):
-        self.chip, self.black_box, self.enable = chip, black_box, enable
+    def __init__(self, chip: Chip):
+        self.chip = chip
         super().__init__({
             "control": In(EngineControl()),
             "a": Out(LocalRead(chip)), "b": Out(LocalRead(chip)), "psum": Out(LocalRead(chip)),
@@ -80,7 +77,7 @@ class MatrixEngine(wiring.Component):
         across = late.transpose_a
         step = _delayed(m, step_a, [(~across, 0), (across, rows)], "step")
 
-        array = m.submodules.array = SystolicArray(chip, self.black_box, self.enable)
+        array = m.submodules.array = SystolicArray(chip)
         self.lead = array.lead
         m.d.comb += [
             array.swap.eq(delay(m, step.first, A_TO_ARRAY, "swap")),

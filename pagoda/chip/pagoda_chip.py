@@ -12,6 +12,7 @@ from pagoda.chip.interfaces import DramPort
 from pagoda.chip.launch_signals import HostPort
 from pagoda.chip.launcher import Launcher
 from pagoda.chip.local_memory import SIDE_PORTS, LocalMemory
+from pagoda.chip.modules import SharedModules, once
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip, ChipError
 
 BF16_STAGES = 3  # the fewest pipeline stages of a bf16 element
@@ -38,13 +39,11 @@ class PagodaChip(wiring.Component):
     hold: the world outside is late; everything stops. enable: a contract cycle passes. busy: a
     launch runs. begin: the next enabled cycle is a launch's cycle 0. conflict: two users of one
     bank port in a cycle, which never happens.
-
-    black_box: the systolic arrays instantiate the Verilog module of `systolic_array.pe_verilog`.
     """
 
-    def __init__(self, chip: Chip, black_box: bool = False):
+    def __init__(self, chip: Chip):
         check_buildable(chip)
-        self.chip, self.black_box = chip, black_box
+        self.chip = chip
         super().__init__({
             "host": In(HostPort()), "dram": Out(DramPort()).array(chip.cores),
             "hold": In(1), "enable": Out(1), "busy": Out(1), "begin": Out(1),
@@ -59,15 +58,19 @@ class PagodaChip(wiring.Component):
             self.enable.eq(~(self.hold | freezes.any())), self.conflict.eq(conflicts.any()),
         ]
         enabled = EnableInserter({"sync": self.enable})
+        if isinstance(platform, SharedModules):
+            platform.enable = self.enable
         launcher = Launcher(chip)
         m.submodules.launcher = enabled(launcher)
         connect(m, launcher.host, flipped(self.host))
         m.d.comb += [self.busy.eq(launcher.busy), self.begin.eq(launcher.launch.begin)]
         for number in range(chip.cores):
-            core = Core(chip, number, self.black_box, self.enable)
-            local = LocalMemory(chip)
-            m.submodules[f"core{number}"] = enabled(core)
+            core, local = Core(chip), LocalMemory(chip)
+            # The ports for a trace, which nobody uses there, are the price of an own module.
+            shared = once(platform, "pagoda_core", core) if chip.cores > 1 else core
+            m.submodules[f"core{number}"] = enabled(shared)
             m.submodules[f"memory{number}"] = local
+            m.d.comb += core.number.eq(number)
             self._join(m, number, launcher, core, local)
             others = [freezes[k] for k in range(chip.cores) if k != number]
             m.d.comb += [
@@ -100,9 +103,9 @@ class AxiChip(wiring.Component):
 
     interrupt: a pulse when a launch has ended."""
 
-    def __init__(self, chip: Chip, black_box: bool = False):
+    def __init__(self, chip: Chip):
         check_buildable(chip)
-        self.chip, self.black_box = chip, black_box
+        self.chip = chip
         super().__init__({
             "host": In(AxiLite()), "memory": Out(AxiMaster()).array(chip.cores),
             "interrupt": Out(1),
@@ -110,7 +113,7 @@ class AxiChip(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.chip = inner = PagodaChip(self.chip, self.black_box)
+        m.submodules.chip = inner = PagodaChip(self.chip)
         m.submodules.memory = memory = AxiMemory(self.chip)
         m.submodules.host = host = AxiLiteHost()
         connect(m, host.axi, flipped(self.host))

@@ -29,6 +29,7 @@ A_BIAS, B_BIAS = 65, 64
 NO_ONE, INFINITE, INTEGER = 1, 2, 4  # bits of an exponent whose two top bits are 1
 NOT_FINITE = 0b11 << 7
 NAN = 0x7FC00000
+PE_MODULE = "pagoda_pe"  # an element as a Verilog module
 FLOAT_STAGES = 3  # the fewest of a float element
 EARLY_SHIFTS, LATE_SHIFTS = (1, 2), (4, 8, 16)  # when a float element aligns
 EARLY_PLACES, LATE_PLACES = (4,), (3, 2, 1, 0)  # when it normalises: bits of the shift
@@ -85,14 +86,6 @@ def canonical(pattern: Value) -> Value:
     return Mux(is_nan, NAN, pattern)
 
 
-def element_signature(width: int) -> wiring.Signature:
-    """Ports of an element for operands of so many bits."""
-    return wiring.Signature({
-        "a": In(width), "swap": In(1), "w": In(width), "psum": In(32),
-        "a_out": Out(width), "swap_out": Out(1), "w_out": Out(width), "psum_out": Out(32),
-    })  # fmt: skip
-
-
 class _Element(wiring.Component):
     """What both elements share: operands in, operands on.
 
@@ -107,7 +100,10 @@ class _Element(wiring.Component):
 
     def __init__(self, width: int, stages: int):
         self.stages = stages
-        super().__init__(element_signature(width))
+        super().__init__({
+            "a": In(width), "swap": In(1), "w": In(width), "psum": In(32),
+            "a_out": Out(width), "swap_out": Out(1), "w_out": Out(width), "psum_out": Out(32),
+        })  # fmt: skip
 
     def _operands(self, m: Module) -> tuple[Value, Value]:
         """a and its weight, a cycle late."""

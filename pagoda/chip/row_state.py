@@ -25,6 +25,7 @@ from amaranth.lib.wiring import In, Out
 
 from pagoda.chip.float_add import ADD_LATENCY, FloatAdder, order
 from pagoda.chip.float_format import INFINITY, NAN
+from pagoda.chip.modules import once
 from pagoda.chip.reduction import SUM_CYCLES
 from pagoda.chip.vector_stages import (
     FIRST_INDICES,
@@ -127,7 +128,7 @@ class RowState(wiring.Component):
             combined.valid.eq(execute.combine), combined.group.eq(execute.group),
             combined.indices.eq(execute.op == ReduceOp.ARGMAX), combined.count.eq(execute.count),
         ]  # fmt: skip
-        sums, added, sum_done = self._sum(m)
+        sums, added, sum_done = self._sum(m, platform)
 
         m.d.comb += [self.valid.eq(sum_done | self._combined_done)]
         with m.If(sum_done):
@@ -240,7 +241,7 @@ class RowState(wiring.Component):
         m.d.comb += self.accumulated.eq(Cat(now))
         return values, indices, op
 
-    def _sum(self, m: Module):
+    def _sum(self, m: Module, platform: object):
         """Adders: sums, which of them the state keeps in this cycle, and whether one is a row's."""
         assert SUM_CYCLES == ADD_LATENCY
         lanes, row_lanes = self.chip.lanes, state_lanes(self.chip)
@@ -272,7 +273,7 @@ class RowState(wiring.Component):
             top = [Signal(32, name=f"last_sum_{lane}") for lane in range(row_lanes)]
             m.d.sync += [held.eq(sums[lane]) for lane, held in enumerate(top)]
         for lane, adder in enumerate(adders):
-            m.submodules[f"adder_{lane}"] = adder
+            m.submodules[f"adder_{lane}"] = once(platform, "pagoda_float_adder", adder)
             fresh = self.fresh_b.word_select(lane, 32)
             m.d.comb += [
                 fresh.eq(Mux(bypass & (lane < added.count), sums[lane], b[lane])),

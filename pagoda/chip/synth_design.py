@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from amaranth.back import verilog
 from amaranth.hdl import Cat, ClockSignal, Fragment, Instance, Module, Signal, Value
-from amaranth.hdl._ir import PortDirection
 from amaranth.hdl._mem import MemoryInstance
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -22,29 +20,29 @@ from pagoda.chip.core import Core
 from pagoda.chip.load_engine import LoadEngine
 from pagoda.chip.local_memory import LocalMemory
 from pagoda.chip.matrix_engine import MatrixEngine
+from pagoda.chip.modules import Enabled, SharedModules, module_text
 from pagoda.chip.pagoda_chip import AxiChip, check_buildable
-from pagoda.chip.processing_element import element_signature, operand_bits
+from pagoda.chip.processing_element import processing_element
 from pagoda.chip.store_engine import StoreEngine
 from pagoda.chip.synth_result import Memory
-from pagoda.chip.systolic_array import PE_MODULE, SystolicArray, pe_verilog
+from pagoda.chip.systolic_array import SystolicArray
 from pagoda.chip.vector_engine import VectorEngine
 from pagoda.chip.window import Window
 from pagoda.isa.chip import Chip, ChipError
 
-# Unit -> what makes it, with the array's elements as instances of one module where it has them.
 UNITS: dict[str, Callable[[Chip], wiring.Component]] = {
-    "pe": lambda chip: _Element(chip),
-    "array": lambda chip: SystolicArray(chip, black_box=True),
-    "matrix": lambda chip: MatrixEngine(chip, black_box=True),
+    "pe": lambda chip: Enabled(processing_element(chip)),
+    "array": SystolicArray,
+    "matrix": MatrixEngine,
     "vector": VectorEngine,
     "load": LoadEngine,
     "store": StoreEngine,
     "window": Window,
     "command-port": CommandPort,
-    "control": lambda chip: ControlUnit(chip, 0),
+    "control": ControlUnit,
     "memory": LocalMemory,
-    "core": lambda chip: Core(chip, 0, black_box=True),
-    "chip": lambda chip: AxiChip(chip, black_box=True),
+    "core": Core,
+    "chip": AxiChip,
 }
 IDEAL_NETS = {"chip": ("chip/enable",)}
 _WITH_ARRAY = ("array", "matrix", "core", "chip")
@@ -126,50 +124,26 @@ def design_of(chip: Chip, unit: str, *, macros: bool, few_pins: bool = False) ->
     """
     check_synthesisable(chip, unit)
     try:
-        element = pe_verilog(chip)
-    except ValueError as error:  # too few stages
+        component = UNITS[unit](chip)
+    except ValueError as error:  # an element of too few stages
         raise ChipError(str(error)) from error
-    if unit == "pe" and not few_pins:
-        return Design(PE_MODULE, {f"{PE_MODULE}.v": element}, {}, ())
-    component = UNITS[unit](chip)
-    top = "pagoda_element" if unit == "pe" else f"pagoda_{unit.replace('-', '_')}"
+    top = f"pagoda_{unit.replace('-', '_')}"
     if few_pins:
         component = SerialPorts(component)
-    fragment = Fragment.get(component, None)
+    shared = SharedModules()
+    modules = [(top, component, Fragment.get(component, shared)), *shared.fragments()]
     found: dict[str, Macro] = {}
-    memories = list(_replace_memories(fragment, (), found)) if macros else []
-    files = {
-        f"{PE_MODULE}.v": element,
-        f"{top}.v": verilog.convert(fragment, name=top, ports=_ports(component), emit_src=False),
-    }
-    if found:
-        files["memories.v"] = "".join(macro.verilog() for macro in found.values())
-    return Design(top, files, found, tuple(memories), IDEAL_NETS.get(unit, ()))
-
-
-def _ports(component: wiring.Component) -> dict[str, tuple[Value, PortDirection]]:
-    return {
-        "__".join(str(part) for part in path): (
-            Value.cast(value), PortDirection.Input if member.flow == In else PortDirection.Output
-        )
-        for path, member, value in component.signature.flatten(component)
-    }  # fmt: skip
-
-
-class _Element(wiring.Component):
-    """The module of `pe_verilog` with the ports of an Amaranth component."""
-
-    def __init__(self, chip: Chip):
-        super().__init__({"enable": In(1), **element_signature(operand_bits(chip)).members})
-
-    def elaborate(self, platform) -> Module:
-        m = Module()
-        ports = {
-            ("i_" if member.flow == In else "o_") + name: getattr(self, name)
-            for name, member in self.signature.members.items()
-        }
-        m.submodules.element = Instance(PE_MODULE, i_clk=ClockSignal(), i_rst=0, **ports)
-        return m
+    if macros:
+        for _, _, fragment in modules:
+            _replace_memories(fragment, found)
+    return Design(
+        top,
+        {f"{name}.v": module_text(name, *rest) for name, *rest in modules}
+        | ({"memories.v": "".join(macro.verilog() for macro in found.values())} if found else {}),
+        found,
+        tuple(_memories({name: fragment for name, _, fragment in modules}, top, (), found)),
+        IDEAL_NETS.get(unit, ()),
+    )
 
 
 class SerialPorts(wiring.Component):
@@ -201,19 +175,34 @@ class SerialPorts(wiring.Component):
         return m
 
 
-def _replace_memories(
-    fragment: Fragment, path: tuple[str, ...], macros: dict[str, Macro]
-) -> Iterator[Memory]:
+def _replace_memories(fragment: Fragment, macros: dict[str, Macro]) -> None:
     """Make the larger memories with clocked ports instances of black boxes, which are added to
     `macros`. It is done after elaboration: then clock enables have reached the ports."""
     for number, (child, name, source) in enumerate(fragment.subfragments):
-        here = (*path, name or f"U${number}")
         if not isinstance(child, MemoryInstance):
-            yield from _replace_memories(child, here, macros)
+            _replace_memories(child, macros)
         elif (macro := _macro(child)) is not None:
             fragment.subfragments[number] = (_instance(child, macro), name, source)
             macros[macro.name] = macro
-            yield Memory(".".join(here), macro.words, macro.width, bool(macro.enables))
+
+
+def _memories(
+    modules: dict[str, Fragment], module: str, path: tuple[str, ...], macros: dict[str, Macro]
+) -> Iterator[Memory]:
+    """Every instance of a macro below a module, one in each instance of a shared module."""
+
+    def below(fragment: Fragment, path: tuple[str, ...]) -> Iterator[Memory]:
+        for number, (child, name, _) in enumerate(fragment.subfragments):
+            here = (*path, name or f"U${number}")
+            if isinstance(child, Instance) and child.type in macros:
+                macro = macros[child.type]
+                yield Memory(".".join(here), macro.words, macro.width, bool(macro.enables))
+            elif isinstance(child, Instance) and child.type in modules:
+                yield from _memories(modules, child.type, here, macros)
+            else:
+                yield from below(child, here)
+
+    return below(modules[module], path)
 
 
 def _macro(memory: MemoryInstance) -> Macro | None:

@@ -26,6 +26,7 @@ from amaranth.lib.wiring import In, Out
 
 from pagoda.chip import float_divide, float_multiply, lane_logic, table_functions
 from pagoda.chip.float_format import delay, register
+from pagoda.chip.modules import once
 from pagoda.isa.chip import Chip
 from pagoda.isa.functions import FUNCTION_CODES, VECTOR_FUNCTIONS
 
@@ -92,7 +93,9 @@ class LogicBank(_Bank):
         m = Module()
         self.leave(m)
         for lane in range(self.lanes):
-            m.submodules[f"lane_{lane}"] = unit = lane_logic.LaneLogic(self.selects)
+            unit = lane_logic.LaneLogic(self.selects)
+            name = "pagoda_select_lane" if self.selects else "pagoda_logic_lane"
+            m.submodules[f"lane_{lane}"] = once(platform, name, unit)
             m.d.comb += [
                 unit.operation.eq(self.operation),
                 unit.x.eq(self.x.word_select(lane, 32)), unit.y.eq(self.y.word_select(lane, 32)),
@@ -116,7 +119,8 @@ class FloatBank(_Bank):
         self.leave(m)
         for lane in range(self.lanes):
             unit = float_multiply.FloatUnit(fused=self.hides)
-            m.submodules[f"lane_{lane}"] = unit
+            name = "pagoda_fused_float_lane" if self.hides else "pagoda_float_lane"
+            m.submodules[f"lane_{lane}"] = once(platform, name, unit)
             m.d.comb += [
                 unit.operation.eq(self.operation), unit.show.eq(self.leaving | (not self.hides)),
                 unit.x.eq(self.x.word_select(lane, 32)),
@@ -146,7 +150,8 @@ class TableBank(_Bank):
         x = Mux(second, waiting, self.x[: 32 * half])
         first, last = Signal(32 * half, reset_less=True), []
         for i in range(half):
-            m.submodules[f"unit_{i}"] = unit = table_functions.TableUnit()
+            unit = table_functions.TableUnit()
+            m.submodules[f"unit_{i}"] = once(platform, "pagoda_table_unit", unit)
             m.d.comb += [
                 unit.operation.eq(Mux(second, kept, self.operation)),
                 unit.x.eq(x.word_select(i, 32)),
@@ -175,7 +180,8 @@ class DivideBank(_Bank):
             m.d.sync += kept.eq(self.operation)
         results = []
         for first in range(0, self.lanes, lanes):
-            m.submodules[f"unit_{first // lanes}"] = unit = float_divide.Divider()
+            unit = float_divide.Divider()
+            m.submodules[f"unit_{first // lanes}"] = once(platform, "pagoda_divider", unit)
             m.d.comb += unit.operation.eq(Mux(self.start, self.operation, kept))
             for name, given in (("x", self.x), ("y", self.y)):
                 waiting = Signal(32 * (lanes - 1), name=f"{name}_{first}", reset_less=True)

@@ -1,4 +1,4 @@
-"""Verilog of a chip as a folder: element, chip, file list, map of ports and registers."""
+"""Verilog of a chip as a folder: chip, its units, file list, map of ports and registers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from amaranth.hdl import Value
+from amaranth.hdl._ir import PortDirection
 
 from pagoda.chip.host_map import HOST_REGIONS, HOST_REGISTERS
+from pagoda.chip.modules import ports_of, shared_verilog
 from pagoda.chip.pagoda_chip import AxiChip, check_buildable
-from pagoda.chip.systolic_array import PE_MODULE, pe_verilog
-from pagoda.chip.verilate import to_verilog
 from pagoda.isa.chip import Chip
 from pagoda.isa.program import CONTRACT_VERSION
 
@@ -25,13 +24,10 @@ def write_verilog(chip: Chip, folder: Path) -> list[Path]:
     """
     check_buildable(chip)
     folder.mkdir(parents=True, exist_ok=True)  # before the minutes that a large chip takes
-    top = AxiChip(chip, black_box=True)
-    texts = {
-        f"{PE_MODULE}.v": pe_verilog(chip),
-        f"{TOP}.v": to_verilog(top, TOP),
-        "filelist.f": f"{PE_MODULE}.v\n{TOP}.v\n",
-        "map.md": _map(chip, top),
-    }
+    top = AxiChip(chip)
+    texts = {f"{name}.v": text for name, text in shared_verilog(TOP, top).items()}
+    texts["filelist.f"] = "".join(f"{name}\n" for name in texts)
+    texts["map.md"] = _map(chip, top)
     for name, text in texts.items():
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
         with os.fdopen(handle, "w") as file:
@@ -43,10 +39,9 @@ def write_verilog(chip: Chip, folder: Path) -> list[Path]:
 
 def _map(chip: Chip, top: AxiChip) -> str:
     ports = ["| `clk` | in | 1 |", "| `rst` | in | 1 |"]
-    for path, member, value in top.signature.flatten(top):
-        direction = "in" if member.flow.name == "In" else "out"
-        name = "__".join(str(part) for part in path)
-        ports.append(f"| `{name}` | {direction} | {len(Value.cast(value))} |")
+    for name, (value, direction) in ports_of(top).items():
+        way = "in" if direction is PortDirection.Input else "out"
+        ports.append(f"| `{name}` | {way} | {len(value)} |")
     registers = [
         f"| `{r.address:#04x}` | `{r.name}` | {r.words} | {'write' if r.written else 'read'} | "
         f"{r.text} |"
