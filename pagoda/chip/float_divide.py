@@ -19,13 +19,13 @@ from pagoda.chip.float_format import (
     ROOM_BITS,
     Flow,
     leading_zeros,
+    operation_of,
     register,
     round_even,
     shift_right,
     special_lane,
     unpack,
 )
-from pagoda.isa.functions import FUNCTION_CODES
 
 COST = 8
 LATENCY = 28
@@ -54,12 +54,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def decode(m: Module, code: Value, name: str) -> data.View:
-    operation = Signal(Operation(), name=name)
-    with m.Switch(code):
-        for function, fields in FUNCTIONS.items():
-            with m.Case(FUNCTION_CODES[function]):
-                m.d.comb += [operation[field].eq(1) for field in fields]
-    return operation
+    return operation_of(m, code, Operation(), FUNCTIONS, name)
 
 
 class _State(data.StructLayout):

@@ -12,15 +12,35 @@ wide enough that room is never negative.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data
 
+from pagoda.isa.functions import FUNCTION_CODES
 from pagoda.isa.numbers import CANONICAL_NAN
 
 INFINITY = 0x7F800000
 NAN = CANONICAL_NAN
 ROOM_BITS = 10
 """Enough for the room of every frame of this folder."""
+
+
+def operation_of(
+    m: Module,
+    code: Value,
+    layout: data.StructLayout,
+    functions: Mapping[str, Iterable[str]],
+    name: str,
+) -> data.View:
+    """What a function code asks a lane for. functions: by function, the fields that are 1; for
+    other codes all are 0."""
+    operation = Signal(layout, name=name)
+    with m.Switch(code):
+        for function, fields in functions.items():
+            with m.Case(FUNCTION_CODES[function]):
+                m.d.comb += [operation[field].eq(1) for field in fields]
+    return operation
 
 
 class Unpacked(data.StructLayout):

@@ -28,6 +28,7 @@ from pagoda.chip.float_format import (
     Flow,
     limit_lines,
     normalised,
+    operation_of,
     places_up,
     register,
     rounded,
@@ -35,7 +36,6 @@ from pagoda.chip.float_format import (
     special_lane,
     unpack,
 )
-from pagoda.isa.functions import FUNCTION_CODES
 
 LATENCY = 7
 FRAME_BITS = 77
@@ -81,12 +81,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 
 def decode(m: Module, code: Value, name: str) -> data.View:
     """The operation of a function code; nothing in particular for other functions."""
-    operation = Signal(Operation(), name=name)
-    with m.Switch(code):
-        for function, fields in FUNCTIONS.items():
-            with m.Case(FUNCTION_CODES[function]):
-                m.d.comb += [operation[field].eq(1) for field in fields]
-    return operation
+    return operation_of(m, code, Operation(), FUNCTIONS, name)
 
 
 class Product(data.StructLayout):

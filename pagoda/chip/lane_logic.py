@@ -8,8 +8,7 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from pagoda.chip.float_format import INFINITY, Flow, special_lane
-from pagoda.isa.functions import FUNCTION_CODES
+from pagoda.chip.float_format import INFINITY, Flow, operation_of, special_lane
 
 LATENCY = 2
 
@@ -71,14 +70,8 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 def decode(m: Module, code: Value, name: str, selects: bool = True) -> data.View:
     """The operation of a function code. selects: otherwise select is a move, since the first
     stage has made the choice."""
-    operation = Signal(Operation(), name=name)
-    with m.Switch(code):
-        for function, fields in FUNCTIONS.items():
-            if function == "select" and not selects:
-                fields = _MOVE
-            with m.Case(FUNCTION_CODES[function]):
-                m.d.comb += [operation[field].eq(1) for field in fields]
-    return operation
+    functions = FUNCTIONS if selects else FUNCTIONS | {"select": _MOVE}
+    return operation_of(m, code, Operation(), functions, name)
 
 
 class LaneLogic(wiring.Component):
