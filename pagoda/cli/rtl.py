@@ -20,7 +20,7 @@ from pagoda.isa.chip import Chip
     type=click.Path(file_okay=False, path_type=Path), help="Where the files go.",
 )  # fmt: skip
 def rtl(chip: Chip, folder: Path) -> None:
-    """Write a chip's Verilog: the top with AXI4 and AXI4-Lite ports, the array's element once, a
+    """Write a chip's Verilog: the top with AXI4 and AXI4-Lite ports, every repeated unit once, a
     file list, and the map of ports and host registers.
 
     \b
