@@ -404,6 +404,12 @@ def test_a_failing_tool_leaves_no_result(pagoda, fake, tmp_path, monkeypatch):
     assert (kept / "result.json").read_text() == "of an earlier run"
 
 
+def test_the_command_line_knows_every_unit():
+    from pagoda.cli.synth import UNITS
+
+    assert sorted(UNITS) == sorted(synth_design.UNITS)
+
+
 def test_a_slow_tool_and_what_it_started_are_stopped(tmp_path):
     limit = deadline.Deadline.after(0.2)
     mark = tmp_path / "mark"

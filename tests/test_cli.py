@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -577,6 +579,22 @@ def test_ctrl_c(pagoda, monkeypatch):
     monkeypatch.setattr(Attention, "build", interrupt)
     code, out, err = pagoda("run", "attention")
     assert (code, out, err.strip()) == (130, "", "interrupted")
+
+
+def test_a_plain_kill_ends_what_was_started(pagoda, monkeypatch):
+    ended = []
+
+    def kill(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            ended.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Attention, "build", kill)
+    assert pagoda("run", "attention") == (143, "", "")
+    assert ended and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_in_a_callback_of_native_code(pagoda, monkeypatch):

@@ -1,4 +1,4 @@
-"""What every command does about Ctrl-C, warnings and output that cannot be written."""
+"""What every command does about Ctrl-C, `kill`, warnings and output that cannot be written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import errno
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -20,7 +21,8 @@ def manners() -> Iterator[None]:
     """Inside the `with` block Ctrl-C always arrives, and a warning is one line.
 
     Python drops an exception raised in a callback from native code, and LLVM calls back while it
-    compiles: a Ctrl-C that falls there is delivered again a moment later.
+    compiles: a Ctrl-C that falls there is delivered again a moment later. A plain `kill` ends the
+    program as an exception does, so that a tool it has started ends with it.
     """
     unraisable, layout = sys.unraisablehook, warnings.formatwarning
 
@@ -37,10 +39,15 @@ def manners() -> Iterator[None]:
             return f"warning: {message}\n"
         return layout(message, category, filename, lineno, line)
 
+    def terminated(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
     sys.unraisablehook, warnings.formatwarning = hook, one_line
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         sys.unraisablehook, warnings.formatwarning = unraisable, layout
 
 
