@@ -42,15 +42,24 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          visible to query q if s <= q, both counted from 0 (torch's upper left corner), or
 #          "lower right": if s <= q + S - Q, so that the last query sees all. A row that sees
 #          nothing is 0.
+# convolution   out[n,o,y,x] = bias[o] + sum over ky, kx, c of w[o,c,ky,kx]
+#          * x[n, c, y stride_h + ky dilation_h - pad_h, x stride_w + kx dilation_w - pad_w]
+#          in torch's order of dimensions, zeros outside; group g of `groups` takes its share of the
+#          channels c to its share of o. 1-D: without the dimensions y and ky. out and x lie with
+#          channels last, w as [o,ky,kx,c] (torch's channels last) or [ky,kx,c,o].
 #
-# mm, bmm, addmm and sdpa accumulate in float32 and round once, on the way out (the weights of
-# softmax may be rounded to the type of v before they meet it: a kernel's choice). How exactly they
-# multiply float32 operands is the call's `precision`.
+# mm, bmm, addmm, convolution and sdpa accumulate in float32 and round once, on the way out (the
+# weights of softmax may be rounded to the type of v before they meet it: a kernel's choice). How
+# exactly they multiply float32 operands is the call's `precision`.
 LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "copy": (("out", "a"), ()),
     "mm": (("out", "a", "b"), ()),
     "bmm": (("out", "a", "b"), ()),
     "addmm": (("out", "bias", "a", "b"), ("alpha", "beta")),
+    "convolution": (
+        ("out", "x", "w", "bias?"),
+        ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups"),
+    ),
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
 }
 

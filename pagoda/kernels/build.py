@@ -26,6 +26,7 @@ from pagoda.compiler.region import KernelCall, Region, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
 from pagoda.kernels.attention_call import attention_arguments, attention_for
+from pagoda.kernels.convolution_call import convolution_for
 from pagoda.kernels.fusion import FusedCall, fuse
 from pagoda.kernels.matmul_call import matmul_for
 
@@ -96,6 +97,9 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)
             return _Step(kernel, _words(kernel, views, {}), step.origin)
+        if step.kernel.name == "convolution":
+            kernel, views = convolution_for(step, chip, symbols)
+            return _Step(kernel, _words(kernel, views, {}), step.origin)
     except CompileError as error:
         error.add_note(f"in the step {step.origin or step.kernel}")
         raise
@@ -125,7 +129,8 @@ def _element(view: View) -> Expr:
 
 
 def _fused(step: FusedCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
-    kernel, views = matmul_for(step.product, chip, symbols, epilogue=step.epilogue)
+    made = convolution_for if step.product.kernel.name == "convolution" else matmul_for
+    kernel, views = made(step.product, chip, symbols, epilogue=step.epilogue)
     words = _words(kernel, views | step.views(), step.scalars())
     return _Step(kernel, words, step.origin)
 

@@ -1,4 +1,4 @@
-"""Which steps of a region become one kernel: a matrix product and the pointwise nest behind it.
+"""Which steps of a region become one kernel: a product and the pointwise nest behind it.
 
 The nest takes the product tile by tile (`nest_epilogue`), so the product's tensor is never written.
 That may be when nothing else reads it, and when the nest writes nothing that the product reads.
@@ -8,13 +8,14 @@ The choice depends on the region alone, and changes no bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from pagoda.compiler.index_expr import Const, Expr, Symbol
 from pagoda.compiler.loop_nest import LoopNest
 from pagoda.compiler.nest_epilogue import Epilogue, epilogue_of
 from pagoda.compiler.region import KernelCall, LibraryCall, Region, View
 
-PRODUCTS = ("mm", "addmm")
+PRODUCTS = ("mm", "addmm", "convolution")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ def _fused(
     kernel = product.kernel
     if not isinstance(kernel, LibraryCall) or kernel.name not in PRODUCTS:
         return None
-    out, a = product.args[0], product.args[-2]
+    out, a = product.args[0], product.args[1 if kernel.name == "convolution" else -2]
     assert out is not None and a is not None
     params = [n for n, view in enumerate(step.args) if view is not None and _same(view, out)]
-    rows, cols = out.sizes
-    row_major = out.strides[1] == Const(1) and (out.strides[0] == cols or rows == Const(1))
+    if kernel.name == "convolution":  # with channels last, or there is no kernel for it
+        rows, cols, row_major = prod((out.sizes[0], *out.sizes[2:])), out.sizes[1], True
+    else:
+        rows, cols = out.sizes
+        row_major = out.strides[1] == Const(1) and (out.strides[0] == cols or rows == Const(1))
     if (
         a.dtype != "bfloat16"
         or len(params) != 1

@@ -96,7 +96,7 @@ def build_matmul(
     and 64 for each unknown one. plan: block sizes chosen elsewhere. Any plan gives the same bits.
     epilogue: takes c's place, which is not written then; for a batch of one. Raises CompileError.
     """
-    _check_operands(chip, a.dtype)
+    check_operands(chip, a.dtype)
     size = a.dtype.bits // 8
     fixed = (c.sizes[0], c.sizes[1] or a.sizes[1], c.sizes[2] or b.sizes[2], a.sizes[2])
     batch, m, n, k = expected or tuple(64 if s is None else s for s in fixed)
@@ -116,7 +116,7 @@ def build_matmul(
     return matmul.build(**given, BUFFERS=plan.buffers)
 
 
-def _check_operands(chip: Chip, dtype: DType) -> None:
+def check_operands(chip: Chip, dtype: DType) -> None:
     """Before block sizes are chosen, which would be in vain."""
     wanted = "int8" if dtype == DType.I8 else "bf16"
     if wanted not in chip.matrix_types:

@@ -1,0 +1,166 @@
+"""Convolution over channels-last tensors as matrix products, without an im2col copy.
+
+    y[n, oy, ox, o] = sum over ky, kx, c of x[n, oy sy + ky dy - top, ox sx + kx dx - left, c]
+                                            w[ky, kx, c, o]     + bias[o]
+
+The input under a tile of outputs, halo and zero padding included, is loaded once. Then every tap,
+or every kernel row of taps, is one matmul whose A is a strided window of that tile: outputs of a
+row (m0), rows (m1), images (m2); taps of a kernel row are runs of k. Where taps are neighbours the
+runs are one (kw x channels): few channels fill the array too. The order of k is ky, kx, c, one
+rounding per step from +0.0: no block size shows in the bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pagoda.compiler.nest_epilogue import Epilogue, epilogue_cost
+from pagoda.compiler.scalar import CoreCount, CoreId, Int, Scalar, ceildiv, maximum, minimum
+from pagoda.compiler.tile_ir import Access, Kernel, Tile
+from pagoda.isa.chip import Chip
+from pagoda.isa.numbers import DType
+from pagoda.kernels.convolution_depthwise import Depthwise
+from pagoda.kernels.convolution_shape import (
+    ConvolutionPlan,
+    ConvolutionShape,
+    choose_convolution,
+    choose_depthwise,
+    merges_run,
+)
+from pagoda.kernels.convolution_tiles import ConvolutionBuilder, loop
+
+
+def build_convolution(
+    chip: Chip,
+    shape: ConvolutionShape,
+    operand: DType,
+    output: DType,
+    bias: DType | None = None,
+    plan: ConvolutionPlan | None = None,
+    epilogue: Epilogue | None = None,
+) -> Kernel:
+    """The kernel with tensors y, x, w and, where there is one, bias.
+
+    operand: BF16 (sums and bias are float) or I8 (I32). All sizes are fixed but the number of
+    images, which the call gives. Any plan gives the same bits. epilogue: takes y's place; of the
+    matrix of n oh ow rows and co columns. Raises CompileError.
+    """
+    cost = None if epilogue is None else epilogue_cost(epilogue, output)
+    shape = replace(shape, bias=bias is not None, epilogue=cost)
+    if shape.depthwise:
+        plan = plan or choose_depthwise(chip, shape)
+        return Depthwise(shape, plan, operand, output, bias, epilogue).build()
+    plan = plan or choose_convolution(chip, shape)
+    return _Convolution(shape, plan, operand, output, bias, epilogue).build()
+
+
+class _Convolution(ConvolutionBuilder):
+    def build(self) -> Kernel:
+        b, s, plan = self.b, self.shape, self.plan
+        down, across = -(-s.oh // plan.rows), -(-s.ow // plan.cols)
+        tiles = ceildiv(self.x.size(0), plan.images) * (down * across)
+        blocks = s.groups * -(-s.group_co // plan.bn)
+        share = -(-blocks // plan.parts)
+        with b.loop("job", CoreId(), tiles * plan.parts, CoreCount()) as job:
+            tile = b.let("tile", job // plan.parts)
+            image = b.let("image", tile // (down * across) * plan.images)
+            oy = b.let("oy", tile // across % down * plan.rows)
+            ox = b.let("ox", tile % across * plan.cols)
+            images = b.let("images", minimum(plan.images, self.x.size(0) - image))
+            rows = b.let("rows", minimum(plan.rows, s.oh - oy))
+            cols = b.let("cols", minimum(plan.cols, s.ow - ox))
+            window = self._window(image, oy, ox, images, rows, cols)
+            first = b.let("first", job % plan.parts * share)
+            stop = minimum(first + share, blocks)
+            with loop(b, "block", first, stop) as block:
+                per_group = blocks // s.groups
+                group = b.let("group", block // per_group)
+                start = block % per_group * plan.bn
+                n = b.let("n", minimum(plan.bn, s.group_co - start))
+                channel = b.let("channel", group * s.group_co + start)
+                acc = b.tile(self.sums, plan.pixels, plan.bn, name="acc", memory="acc")
+                self._products(acc, window, group, channel, n, images, rows, cols)
+                self.finish(acc, channel, n, image, oy, ox, images, rows, cols)
+        return b.build()
+
+    def _window(
+        self, image: Scalar, oy: Scalar, ox: Scalar, images: Scalar, rows: Scalar, cols: Scalar
+    ) -> Tile:
+        """The input under a tile of outputs: `pitch` pixels a row, `window_rows` rows an image."""
+        b, s, plan = self.b, self.shape, self.plan
+        step = s.local_stride[1]
+        window = b.tile(
+            self.operand, plan.images * self.window_rows * (self.pitch // step), step * s.ci,
+            name="window", buffers=plan.windows,
+        )  # fmt: skip
+        row_bytes = self.pitch * s.ci * self.size
+        if s.pointwise:  # pixels are picked while loading
+            access = Access(
+                "x", self.input_offset(image, oy * s.stride[0], ox * s.stride[1]),
+                Int(s.stride[1] * s.ci * self.size), Int(s.stride[0] * s.w * s.ci * self.size),
+            )  # fmt: skip
+            b.load(
+                window, access, cols, s.ci, rows,
+                row_stride=s.ci * self.size, plane_stride=row_bytes,
+            )  # fmt: skip
+            return window
+        high, above, below, y = self.padded(0, oy, rows, s.h)
+        wide, left, right, x = self.padded(1, ox, cols, s.w)
+        access = Access(
+            "x", self.input_offset(image, y, x), Int(s.w * s.ci * self.size),
+            Int(s.h * s.w * s.ci * self.size),
+        )  # fmt: skip
+        b.load(
+            window, access, high, wide * s.ci, images,
+            pad_rows=(above, below), pad_cols=(left * s.ci, right * s.ci),
+            row_stride=row_bytes, plane_stride=self.window_rows * row_bytes,
+        )  # fmt: skip
+        return window
+
+    def _products(
+        self, acc: Tile, window: Tile, group: Scalar, channel: Scalar, n: Scalar,
+        images: Scalar, rows: Scalar, cols: Scalar,
+    ) -> None:  # fmt: skip
+        b, s, plan = self.b, self.shape, self.plan
+        (kh, kw), (dy, dx), (sy, sx) = s.kernel, s.dilation, s.local_stride
+        row_bytes = self.pitch * s.ci * self.size
+        outer = (rows, sy * row_bytes), (images, self.window_rows * row_bytes)
+        with (
+            loop(b, "ky", 0, kh) as ky,
+            loop(b, "kx", 0, kw, plan.run) as kx,
+            loop(b, "c", 0, s.group_ci, plan.bk) as c,
+        ):
+            bk = b.let("k", minimum(plan.bk, s.group_ci - c))
+            weights = self._weights(channel, n, ky, kx, c, bk)
+            right = kx * dx
+            view = window.view(
+                ky * (dy * (self.pitch // sx)) + right // sx,
+                right % sx * s.ci + group * s.group_ci + c,
+            )
+            k, runs = bk, (1, 0)
+            if plan.run > 1 and merges_run(s):
+                k = bk * plan.run
+            elif plan.run > 1:
+                runs = plan.run, dx * s.ci * self.size
+            b.dot(
+                acc, view, weights, cols, n, k, accumulate=maximum(maximum(ky, kx), c),
+                transpose_b=s.weights == "ohwi", a_outer=outer, k_outer=runs,
+            )  # fmt: skip
+
+    def _weights(
+        self, channel: Scalar, n: Scalar, ky: Scalar, kx: Scalar, c: Scalar, bk: Scalar
+    ) -> Tile:
+        b, s, plan = self.b, self.shape, self.plan
+        kh, kw = s.kernel
+        deep = plan.run * plan.bk
+        first = (ky * kw + kx) * s.group_ci + c
+        if s.weights == "ohwi":
+            tile = b.tile(self.operand, plan.bn, deep, name="weights", buffers=plan.buffers)
+            depth = kh * kw * s.group_ci
+            access = Access("w", (channel * depth + first) * self.size, Int(depth * self.size))
+            b.load(tile, access, n, bk * plan.run)
+        else:
+            tile = b.tile(self.operand, deep, plan.bn, name="weights", buffers=plan.buffers)
+            access = Access("w", (first * s.co + channel) * self.size, Int(s.co * self.size))
+            b.load(tile, access, bk * plan.run, n)
+        return tile
