@@ -2,9 +2,9 @@
 
     import pagoda, torch
     model.to("pagoda")                     # the simulated chip "edge"; pagoda.use_chip("car")
-    model.compile(backend="pagoda")
+    compiled = pagoda.compile(model)       # or torch.compile(model, backend="pagoda")
     with pagoda.profile() as p:
-        model.generate(...)
+        compiled(...)
     print(p)
 
 Importing this module loads nothing else: each storey is a folder of its own and is imported by
@@ -31,6 +31,13 @@ def use_chip(chip: Any = "edge") -> Any:
     from pagoda.pytorch.chip import use_chip
 
     return use_chip(chip)
+
+
+def compile(model: Any, **options: Any) -> Any:
+    """torch.compile for device "pagoda"; see `pagoda.pytorch.repeated.compile`."""
+    from pagoda.pytorch.repeated import compile
+
+    return compile(model, **options)
 
 
 def profile() -> AbstractContextManager[Any]:

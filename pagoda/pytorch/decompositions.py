@@ -65,6 +65,14 @@ _MORE = [
 ]
 
 
+class _Table(dict):
+    """Pickled by name: Inductor makes the keys of its caches by pickling, and some of torch's own
+    decompositions cannot be. `graph_pass.source_hash` tells versions apart."""
+
+    def __reduce__(self) -> tuple:
+        return table, ()
+
+
 def table() -> dict[Any, Callable]:
     """Inductor's decompositions, with ours."""
     experts = {}
@@ -72,7 +80,7 @@ def table() -> dict[Any, Callable]:
         experts[torch.ops.transformers.grouped_mm_fallback.default] = sorting.grouped_mm
         backward = torch.ops.transformers.grouped_mm_fallback_backward.default
         experts[backward] = _grouped_mm_backward
-    return {
+    return _Table({
         **experts,
         aten.topk.default: sorting.topk,
         aten.sort.default: sorting.sort,
@@ -84,4 +92,4 @@ def table() -> dict[Any, Callable]:
         aten.cumsum.default: _cumsum,
         aten.cumprod.default: _cumprod,
         aten.baddbmm.default: _baddbmm,
-    }
+    })

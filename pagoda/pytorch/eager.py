@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from pagoda.pytorch import composed, device, sorting
+from pagoda.pytorch import composed, device, guards, sorting
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
@@ -327,8 +327,7 @@ def _compile(
             function = compile_graph(module, fakes)
     except Exception as error:
         raise NotImplementedError(_explain(op, error)) from error
-    names = [LocalSource(f"t{number}") for number in range(len(fakes))]
-    guards = _all_of(shapes.produce_guards(fakes, names, ignore_static=False))
+    conditions = guards.expression(shapes, fakes, ignore_static=False)
 
     def traced(arguments: list[Any]) -> list[Any]:
         return [a for number, a in enumerate(arguments) if number not in fixed]
@@ -336,18 +335,15 @@ def _compile(
     def guard(arguments: list[Any]) -> bool:
         if any(arguments[number] != value for number, value in fixed.items()):
             return False
-        return not guards or shapes.evaluate_guards_expression(guards, traced(arguments))
+        return conditions is None or shapes.evaluate_guards_expression(
+            conditions, traced(arguments)
+        )
 
     def call(arguments: list[Any]) -> Any:
         with torch.no_grad():
             return function(*traced(arguments))
 
     return _Compiled(call, guard, bool(dynamic))
-
-
-def _all_of(conditions: list[str]) -> str:
-    """Torch's own joining of them leaves out the parentheses that an "or" needs."""
-    return " and ".join(f"({each})" for each in conditions)
 
 
 def _fake(mode: Any, shapes: ShapeEnv, value: Any, number: int, dynamic: frozenset) -> Any:

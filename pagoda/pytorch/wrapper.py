@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import pickle
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -37,6 +37,7 @@ from pagoda.compiler.region import (
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.library import library_call
 from pagoda.pytorch.matmul_precision import matmul_precision
+from pagoda.pytorch.nesting import Inlining
 from pagoda.pytorch.scheduling import LoopNestLine
 from pagoda.pytorch.storage import host_alias
 from pagoda.pytorch.symbolic import dtype_name, to_expr
@@ -54,19 +55,40 @@ _IGNORED = (
 )
 
 
+_CONTROL_FLOW = (
+    "control flow in a graph (torch.cond, while_loop, scan) cannot be compiled for device pagoda. "
+    "Compile the parts on their own."
+)
+
+
+@dataclass
+class NestedCallLine(lines.WrapperLine):
+    """A call of a region that was lowered on its own."""
+
+    node: ir.InvokeSubgraph
+    region: Region
+
+
 class RegionWrapper(WrapperFxCodegen):
     """Registered with Inductor as the device's wrapper code generator."""
 
     supports_caching = True
 
-    @classmethod
-    def create(cls, is_subgraph, subgraph_name, parent_wrapper, partition_signatures=None):
-        if is_subgraph:
-            raise Unsupported(
-                "a graph with control flow (torch.cond, nested regions) cannot be compiled for "
-                "device pagoda. Compile the parts on their own."
-            )
-        return cls()
+    region: Region  # of a subgraph, once it is generated
+
+    def codegen_invoke_subgraph(self, node: ir.InvokeSubgraph) -> None:
+        graph = node.subgraph.graph
+        if graph.name not in self.already_codegened_subgraphs:
+            self.already_codegened_subgraphs.add(graph.name)
+            with V.set_graph_handler(graph):
+                graph.codegen()
+        self.writeline(NestedCallLine(node, graph.wrapper_code.region))
+
+    def codegen_conditional(self, node: ir.Conditional) -> None:
+        raise Unsupported(_CONTROL_FLOW)
+
+    def codegen_while_loop(self, node: ir.WhileLoop, stack_output: bool) -> None:
+        raise Unsupported(_CONTROL_FLOW)
 
     def _generate(self, is_inference: bool) -> tuple[ValueWithLineMap, ValueWithLineMap]:
         if config.allow_buffer_reuse or config.inplace_buffers:
@@ -76,6 +98,10 @@ class RegionWrapper(WrapperFxCodegen):
             )
         self.run_wrapper_ir_passes(is_inference)
         region = _RegionBuilder(self).build()
+        if self.is_subgraph:
+            self.region = region
+            return ValueWithLineMap("", []), ValueWithLineMap("", [])
+        region = widen_temporaries(region)
         payload = base64.b85encode(zlib.compress(pickle.dumps(region))).decode()
         source = (
             f"from pagoda.pytorch.call import load_region\n\n"
@@ -94,6 +120,7 @@ class _RegionBuilder:
         self.steps: list[KernelCall] = []
         self.seeds: list[TensorInput] = []
         self.pending: dict[str, Any] = {}  # library calls whose output is not yet known
+        self.nested: dict[str, list[View | Expr | None]] = {}  # results of nested calls
 
     def build(self) -> Region:
         inputs = self._inputs()
@@ -107,7 +134,7 @@ class _RegionBuilder:
         name = context.aot_graph_name if context and context.aot_graph_name else "graph"
         if isinstance(name, (list, tuple)):
             name = "_".join(name)
-        region = Region(
+        return Region(
             name=str(name),
             inputs=(*inputs, *self.seeds),
             outputs=outputs,
@@ -116,7 +143,6 @@ class _RegionBuilder:
             steps=tuple(self.steps),
             seeds=tuple(seed.view.sizes[0].value for seed in self.seeds),
         )
-        return widen_temporaries(region)
 
     def expr(self, value: sympy.Expr | int) -> Expr:
         if not isinstance(value, int):
@@ -300,6 +326,8 @@ class _RegionBuilder:
         match line:
             case LoopNestLine():
                 self._call_nest(line)
+            case NestedCallLine():
+                self._call_nested(line)
             case lines.AllocateLine():
                 self._allocate(line.node)
             case lines.ReinterpretLine():
@@ -341,6 +369,17 @@ class _RegionBuilder:
         symbols = tuple(Symbol(name) for name in line.symbols)
         self.steps.append(KernelCall(line.nest, args, symbols, line.origin))
 
+    def _call_nested(self, line: NestedCallLine) -> None:
+        operands = [
+            self.expr(node.expr) if isinstance(node, ir.ShapeAsConstantBuffer) else self.view(node)
+            for node in line.node.inputs
+        ]
+        name = line.node.get_name()
+        call = Inlining(line.region, operands, self.buffers, name)
+        self.steps += call.steps
+        self.seeds += call.seeds
+        self.nested[name] = call.outputs
+
     def _extern_alloc(self, node: Any) -> None:
         if isinstance(node.layout, ir.MultiOutputLayout):
             self.pending[node.get_name()] = node
@@ -349,6 +388,10 @@ class _RegionBuilder:
         self._call_library(node, self.view(node))
 
     def _multi_output(self, line: Any) -> None:
+        if line.arg_name in self.nested:
+            ((_, number),) = line.indices
+            self.views[line.result_name] = self.nested[line.arg_name][number]
+            return
         node = self.pending.pop(line.arg_name, None)
         if node is None or len(line.indices) > 1 or (line.indices and line.indices[0][1] != 0):
             raise Unsupported(
