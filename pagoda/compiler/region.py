@@ -28,8 +28,9 @@ from typing import Literal, Protocol
 from pagoda.compiler.index_expr import Const, Expr
 from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 
-# Library kernels: name -> (argument names in order, attribute names). The output comes first; an
-# argument with "?" may be None. Shapes are the views' sizes, transposes are visible as strides.
+# Library kernels: name -> (argument names in order, attribute names). The output comes first (of
+# those in `OUTPUTS`, several); an argument with "?" may be None. Shapes are the views' sizes,
+# transposes are visible as strides.
 #
 # copy     out[...] = a[...]           same sizes, any strides; converts to out's type
 # mm       out[m,n] = a[m,k] b[k,n]
@@ -61,7 +62,14 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups"),
     ),
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
+    "sdpa_training": (("out", "statistics", "q", "k", "v", "mask?"), ("causal", "scale")),
+    "sdpa_backward": (
+        ("dq", "dk", "dv", "dout", "q", "k", "v", "statistics", "delta", "mask?"),
+        ("causal", "scale"),
+    ),
 }
+OUTPUTS = {"sdpa_training": 2, "sdpa_backward": 3}
+"""How many arguments are outputs, where it is not one."""
 
 Precision = Literal["highest", "high", "medium"]
 
@@ -81,6 +89,11 @@ class LibraryCall:
     def __post_init__(self) -> None:
         known = LIBRARY[self.name][1]
         assert tuple(name for name, _ in self.attributes) == known, (self, known)
+
+    @property
+    def outputs(self) -> int:
+        """How many of the arguments, the first ones, are written."""
+        return OUTPUTS.get(self.name, 1)
 
     def attribute(self, name: str) -> bool | int | float | str:
         return dict(self.attributes)[name]
@@ -145,14 +158,15 @@ class KernelCall:
     def writes(self) -> tuple[int, ...]:
         """Buffers this step writes."""
         if isinstance(self.kernel, LibraryCall):
-            return (self.args[0].buffer,)  # type: ignore[union-attr]
+            written = self.args[: self.kernel.outputs]
+            return tuple(a.buffer for a in written if a is not None)
         stored = dict.fromkeys(op.param for op in self.kernel.body if isinstance(op, Store))
         return tuple(self.args[p].buffer for p in stored)  # type: ignore[union-attr]
 
     def reads(self) -> tuple[int, ...]:
         """Buffers this step reads; one that is accumulated into counts as read."""
         if isinstance(self.kernel, LibraryCall):
-            return tuple(a.buffer for a in self.args[1:] if a is not None)
+            return tuple(a.buffer for a in self.args[self.kernel.outputs :] if a is not None)
         return tuple(
             arg.buffer
             for param, arg in zip(self.kernel.params, self.args, strict=True)

@@ -16,7 +16,10 @@ Meaning. Keys are worked off in softmax blocks of SOFTMAX_BLOCK = 512 (online so
     o = o * exp2(m_old - m) + p v        adds s = 0, 1, ... in order
     out = o * (1 / max(l, 1)) + 0        rounded to the type of out; 1 / l by table if that is bf16
 
-where scale' = scale * log2(e). With a float mask t = fma(scale, q . k, mask) and exp2(x) becomes
+With statistics, a row also leaves (m, log2(max(l, 1))), log2 by table: what the backward pass makes
+its weights of (`attention_backward`).
+
+Here scale' = scale * log2(e). With a float mask t = fma(scale, q . k, mask) and exp2(x) becomes
 exp2(x * log2(e)), so that masks of -FLT_MAX keep their meaning. l >= 1 unless a row sees nothing.
 
 float32 tensors: `terms` = 1 rounds q, k, v to bf16; 2 or 3 split q, k, v and p into that many bf16
@@ -90,20 +93,22 @@ def attention_kernel(
     blocks: AttentionBlocks,
     *,
     value_dim: int | None = None,
+    statistics: bool = False,
 ) -> Kernel:
     """The kernel for tensors of `dtype` (BF16 or F32), out included.
 
     mask: None, BOOL, F32 or BF16. terms: 1; for F32 also 2 or 3. Tensors, in order: out[b,h,i,e],
-    q[b,h,i,d], k[b,g,s,d], v[b,g,s,e] with run-time strides except along the head dimension, which
-    is contiguous; mask[b,h,i,s] with any strides (0 where it is broadcast). Scalars: `SCALARS`, and
-    `offset` if causal; `attention_call.attention_arguments` gives them.
+    with `statistics` also statistics[b,h,i,2] (F32), q[b,h,i,d], k[b,g,s,d], v[b,g,s,e] with
+    run-time strides except along the last dimension, which is contiguous; mask[b,h,i,s] with any
+    strides (0 where it is broadcast). Scalars: `SCALARS`, and `offset` if causal;
+    `attention_call.attention_arguments` gives them.
     """
     assert dtype in (DType.BF16, DType.F32) and mask in (None, DType.BOOL, DType.F32, DType.BF16)
     assert 1 <= terms <= (3 if dtype is DType.F32 else 1)
     assert SOFTMAX_BLOCK % blocks.span == blocks.span % blocks.keys == blocks.span % SPAN_UNIT == 0
     width = value_dim or head_dim
     assert terms == 1 or blocks.keys == float32_keys(max(head_dim, width)), blocks
-    return _Attention(dtype, head_dim, width, causal, mask, terms, blocks).build()
+    return _Attention(dtype, head_dim, width, causal, mask, terms, blocks, statistics).build()
 
 
 SCALARS = (
@@ -147,16 +152,21 @@ class _Attention:
         mask: DType | None,
         terms: int,
         blocks: AttentionBlocks,
+        statistics: bool,
     ):
         self.dtype, self.head_dim, self.value_dim = dtype, head_dim, value_dim
         self.causal, self.mask_dtype, self.terms, self.blocks = causal, mask, terms, blocks
         kinds = ("_causal" * causal, f"_{mask.name.lower()}_mask" if mask is not None else "")
+        kinds += ("_statistics" * statistics,)
         b = KernelBuilder(f"attention_{dtype.name.lower()}_{head_dim}{''.join(kinds)}")
         for name in ("rows", "span", "keys"):
             b.block(name, getattr(blocks, name))
         b.block("terms", terms)
         self.b = b
         self.out = self._tensor("out", value_dim)
+        self.statistics: TensorHandle | None = None
+        if statistics:
+            self.statistics = row_tensor(b, "statistics", DType.F32, 2)
         self.q = self._tensor("q", head_dim)
         self.k = self._tensor("k", head_dim)
         self.v = self._tensor("v", value_dim)
@@ -165,8 +175,7 @@ class _Attention:
         self.offset: Scalar = b.scalar("offset") if causal else ZERO
 
     def _tensor(self, name: str, width: int) -> TensorHandle:
-        fixed = {"sizes": (None,) * 3 + (width,), "strides": (None,) * 3 + (self.dtype.bits // 8,)}
-        return self.b.tensor(name, self.dtype, 4, **fixed)
+        return row_tensor(self.b, name, self.dtype, width)
 
     def build(self) -> Kernel:
         b, given, most = self.b, self.scalars, self.blocks.rows
@@ -298,7 +307,7 @@ class _Attention:
                 weights = self._weights(unit, view, maximum_now, count, sum_state, first)
                 self._dot_values(unit, result, weights, first, count)
             b.emit(Let(parity, ONE - Variable(parity)))
-        self._invert(unit, sum_state)
+        self._invert(unit, sum_state, maxima.view(0, ONE - Variable(parity)))
         if not self.ahead:
             self._write(unit, self._this_half())
 
@@ -410,7 +419,7 @@ class _Attention:
                 visible = Read(mask.view())
             else:
                 scaled = apply("fma", Read(dots), scale, Read(mask.view()))
-        b.elementwise(view, _hide(scaled, visible), *shape)
+        b.elementwise(view, hide(scaled, visible), *shape)
         if limits is None:
             return
         # `limits` exist where a row of the unit sees fewer keys than another. Of a span those keys
@@ -425,7 +434,7 @@ class _Attention:
             before = apply("ilt", Row(position.view()), Column(limits.view()))
             shown = b.tile(DType.I8, self.blocks.rows, self.blocks.span, name="visible")
             b.elementwise(shown, before, *shape)
-            b.elementwise(part, _hide(Read(part), Read(shown.view())), *shape)
+            b.elementwise(part, hide(Read(part), Read(shown.view())), *shape)
 
     def _load_mask(self, unit: _Unit, first: Scalar, count: Scalar) -> Tile:
         """The mask of the unit's rows; keys need not be contiguous in memory."""
@@ -502,12 +511,20 @@ class _Attention:
                     accumulate=1 if number else (first + run).ne(0),
                 )  # fmt: skip
 
-    def _invert(self, unit: _Unit, sum_state: Tile) -> None:
-        """What the unit's result has to be multiplied by."""
+    def _invert(self, unit: _Unit, sum_state: Tile, maximum_now: View) -> None:
+        """What the unit's result has to be multiplied by; its statistics are written."""
         b = self.b
         total = self.inverse.view(self._this_half() * self.blocks.rows)
         b.finish("fsum", total, sum_state, unit.rows)
         positive = apply("fmax", Read(total), splat(1.0))
+        if self.statistics is not None:
+            pair = b.tile(DType.F32, self.blocks.rows, 2, name="pair")
+            b.elementwise(pair.view(), Read(maximum_now), unit.rows, 1)
+            b.elementwise(pair.view(0, 1), apply("log2", positive), unit.rows, 1)
+            b.store(
+                self.statistics.at(unit.batch, unit.head, unit.query), pair,
+                unit.queries, 2, unit.heads, plane_stride=unit.queries * pair.row_bytes,
+            )  # fmt: skip
         # The table's 2 ulp are far below bf16, and it takes a quarter of a division's time.
         exact = self.dtype is DType.F32
         inverse = apply("fdiv", splat(1.0), positive) if exact else apply("recip", positive)
@@ -526,7 +543,13 @@ class _Attention:
         )  # fmt: skip
 
 
-def _hide(scores: Tree, visible: Tree | None) -> Tree:
+def row_tensor(b: KernelBuilder, name: str, dtype: DType, width: int) -> TensorHandle:
+    """A tensor parameter [.., .., .., width] that is contiguous along its last dimension."""
+    fixed = {"sizes": (None,) * 3 + (width,), "strides": (None,) * 3 + (dtype.bits // 8,)}
+    return b.tensor(name, dtype, 4, **fixed)
+
+
+def hide(scores: Tree, visible: Tree | None) -> Tree:
     """-inf where not visible; a select, so that a hidden NaN does not show."""
     if visible is None:
         return scores
