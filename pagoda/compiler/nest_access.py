@@ -319,6 +319,12 @@ class Accesses:
         spread = (shape != COLUMN and kc == Const(0)) or (rows != ONE and kr == Const(0))
         if spread:  # several values for one element: the last one stays
             self._scatter(op, source, shape, rows, cols)
+        elif add and self.plan.serial and rows != ONE and shape == FULL:
+            # Rows may overlap: one after the other, as sums are made in row-major order.
+            step = frame.scalar(kr) * (mem.bits // 8)
+            with self.b.loop("row", 0, rows) as row:
+                view = View(source.tile, row)
+                self._copy_out(op, view, ROW, ONE, cols, kr, kc, row * step)
         else:
             self._copy_out(op, source, shape, rows, cols, kr, kc)
 
@@ -330,11 +336,12 @@ class Accesses:
         return self.frame.stored(tree, shape, dtype, name="out").view()
 
     def _copy_out(
-        self, op: Store, source: View, shape: str, rows: Scalar, cols: Scalar, kr: Expr, kc: Expr
+        self, op: Store, source: View, shape: str, rows: Scalar, cols: Scalar, kr: Expr, kc: Expr,
+        start: Scalar = ZERO,
     ) -> None:
         size = self.memory(op.param).bits // 8
         name, tile = self.names[op.param], source.tile
-        offset = self.frame.scalar(op.index) * size
+        offset = self.frame.scalar(op.index) * size + start
         down, across = self.frame.scalar(kr) * size, self.frame.scalar(kc) * size
         add = op.mode == "add"
         if shape == COLUMN or kc == Const(1):

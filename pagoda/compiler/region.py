@@ -210,7 +210,8 @@ class Region:
     inputs: one entry per argument of the call, in order. outputs: one per result, in order: a view
     (of an output buffer; of an input for a result that aliases one), an integer expression, or
     None. Buffers of kind "input" and "output" are in the order of first use in `inputs` and
-    `outputs`.
+    `outputs`. The last inputs, one for each of `seeds`, are not passed by the caller: each is that
+    many random int64 in [0, 2**31), drawn anew for every call.
     """
 
     name: str
@@ -219,11 +220,12 @@ class Region:
     symbols: tuple[SymbolSource, ...]
     buffers: tuple[Buffer, ...]
     steps: tuple[KernelCall, ...]
+    seeds: tuple[int, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of the region without its name: equal keys mean equal regions."""
-        parts = (self.inputs, self.outputs, self.symbols, self.buffers, self.steps)
+        parts = (self.inputs, self.outputs, self.symbols, self.buffers, self.steps, self.seeds)
         return hashlib.sha256(pickle.dumps([repr(p) for p in parts])).hexdigest()
 
     def output_buffers(self) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ class RegionCall:
         region = self.region
         tensors = [_on_device(a) if isinstance(a, torch.Tensor) else a for a in args]
         args.clear()
+        for count in region.seeds:  # from the host's generator, so that torch.manual_seed counts
+            tensors.append(torch.randint(1 << 31, (count,)).to(device.NAME))
         passed = [_describe(t) if isinstance(t, torch.Tensor) else t for t in tensors]
         symbols = region.read_symbols(passed)
         made: dict[int, torch.Tensor] = {}

@@ -118,13 +118,17 @@ class _Module(types.ModuleType):
         return types.SimpleNamespace(name=NAME, multi_processor_count=1)
 
     def manual_seed(self, seed: int) -> None:
-        pass
+        """Seeds what the device draws from: the host's default generator, which gives every
+        compiled call its Philox seeds."""
+        torch.default_generator.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> None:
-        pass
+        self.manual_seed(seed)
+
+    def initial_seed(self) -> int:
+        return torch.initial_seed()
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        """Random numbers are drawn from the host's generator."""
         return torch.get_rng_state()
 
     def set_rng_state(self, new_state: torch.Tensor, device: Any = None) -> None:
@@ -359,6 +363,9 @@ def _register() -> list[torch.library.Library]:
     _patch_storage()
     _patch_module_apply()
     _patch_printing()
+    # The fused encoder layer that nn.TransformerEncoderLayer takes for inference is one operation
+    # that no decomposition opens.
+    torch.backends.mha.set_fastpath_enabled(False)
     return libraries
 
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from pagoda.pytorch import device
+from pagoda.pytorch import composed, device, sorting
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
@@ -42,7 +42,7 @@ HOST_ALLOWED: dict[str, str] = {
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2", "aten.histc"),
+        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -55,6 +55,7 @@ class _Compiled:
 
     function: Callable[[list[Any]], list[Any]]
     guard: Callable[[list[Any]], bool]
+    symbolic: bool = False
 
 
 @dataclass
@@ -81,13 +82,18 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     operation, if it has no kernel on the chip."""
     if getattr(compiling, "active", False):
         return _host_compute(op, args, kwargs)
-    if op in _REWRITTEN:
-        return _REWRITTEN[op](*args, **kwargs)
-    if _packet(op) in HOST_ALLOWED:
+    if op in composed.REWRITTEN:
+        return composed.REWRITTEN[op](*args, **kwargs)
+    if _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs):
         return _on_host(op, args, kwargs)
+    if op is aten._index_put_impl_.default:  # what `index_put_` is on most devices
+        op, args = aten.index_put_.default, args[:4]
+    if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        args = (args[0], composed.positions(args[1]), *args[2:])
     out = kwargs.get("out")
     if isinstance(out, torch.Tensor) and out.numel() == 0:
         return _resized(op, args, kwargs)
+    args = _tensors_for_numbers(op, args)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
     dynamic_ok = _symbolic_arguments(op)
@@ -115,8 +121,44 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if len(operation.exact) > 256:
             operation.exact.clear()
         operation.exact[exact] = version
-    results = version.function(list(passed))
+    # `data` has a version counter of its own: what autograd has to know of writes, it knows from
+    # the schema. (Batch norm writes its statistics without its schema saying so.)
+    given = [a.data if isinstance(a, torch.Tensor) else a for a in passed]
+    try:
+        results = version.function(list(given))
+    except Unsupported:  # raised before anything runs
+        if not version.symbolic:
+            raise
+        operation.versions.remove(version)
+        version = _worker.submit(_compile, op, flat, spec, varying, twins, frozenset()).result()
+        operation.versions.append(version)
+        operation.exact[exact] = version
+        results = version.function(list(given))
     return _returned(op, args, kwargs, results)
+
+
+def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether this sorts rows that are short enough for the chip."""
+    if op.overloadpacket not in (aten.sort, aten.topk) or not args[0].dim():
+        return False
+    position = [a.name for a in op._schema.arguments].index("dim")
+    dim = args[position] if position < len(args) else kwargs.get("dim", -1)
+    return args[0].shape[dim] <= sorting.LIMIT
+
+
+def _tensors_for_numbers(op: Any, args: tuple) -> tuple:
+    """Numbers where the schema has tensors (`x & 3`); torch takes them back for some operations
+    only."""
+    if torch._C._should_allow_numbers_as_tensors(op._schema.name.split("::")[1]):
+        return args
+    return tuple(
+        torch.tensor(value) if type(value) in (bool, int, float) and _is_tensor(declared) else value
+        for value, declared in zip(args, op._schema.arguments, strict=False)
+    )
+
+
+def _is_tensor(declared: Any) -> bool:
+    return str(declared.type) in ("Tensor", "Optional[Tensor]")
 
 
 def _resized(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -238,7 +280,13 @@ def _compile_version(
             (number, d) for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b
         }
     arguments = (op, flat, spec, varying, twins, frozenset(operation.dynamic))
-    version = _worker.submit(_compile, *arguments).result()
+    try:
+        version = _worker.submit(_compile, *arguments).result()
+    except NotImplementedError:
+        if not operation.dynamic:
+            raise
+        # torch's rules for some operations need to know sizes: one version per size, then.
+        version = _worker.submit(_compile, *arguments[:-1], frozenset()).result()
     operation.versions.append(version)
     return version
 
@@ -257,7 +305,13 @@ def _compile(
     mode = FakeTensorMode(shape_env=shapes)
     graph = torch.fx.Graph()
     values, fakes = list(flat), []
+    fixed = {
+        number: flat[k] for number, k in enumerate(varying)
+        if type(flat[k]) is int and (number, 0) not in dynamic
+    }  # fmt: skip
     for number, k in enumerate(varying):
+        if number in fixed:
+            continue
         fake = _fake(mode, shapes, flat[k], number, dynamic)
         values[k] = graph.placeholder(f"a{number}")
         values[k].meta["val"] = fake
@@ -273,16 +327,27 @@ def _compile(
             function = compile_graph(module, fakes)
     except Exception as error:
         raise NotImplementedError(_explain(op, error)) from error
-    guards = shapes.produce_guards_expression(fakes, ignore_static=False)
+    names = [LocalSource(f"t{number}") for number in range(len(fakes))]
+    guards = _all_of(shapes.produce_guards(fakes, names, ignore_static=False))
+
+    def traced(arguments: list[Any]) -> list[Any]:
+        return [a for number, a in enumerate(arguments) if number not in fixed]
 
     def guard(arguments: list[Any]) -> bool:
-        return guards is None or shapes.evaluate_guards_expression(guards, arguments)
+        if any(arguments[number] != value for number, value in fixed.items()):
+            return False
+        return not guards or shapes.evaluate_guards_expression(guards, traced(arguments))
 
     def call(arguments: list[Any]) -> Any:
         with torch.no_grad():
-            return function(*arguments)
+            return function(*traced(arguments))
 
-    return _Compiled(call, guard)
+    return _Compiled(call, guard, bool(dynamic))
+
+
+def _all_of(conditions: list[str]) -> str:
+    """Torch's own joining of them leaves out the parentheses that an "or" needs."""
+    return " and ".join(f"({each})" for each in conditions)
 
 
 def _fake(mode: Any, shapes: ShapeEnv, value: Any, number: int, dynamic: frozenset) -> Any:
@@ -294,12 +359,8 @@ def _fake(mode: Any, shapes: ShapeEnv, value: Any, number: int, dynamic: frozens
         ]
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         return mode.from_tensor(value.detach(), symbolic_context=context, source=source)
-    if (number, 0) not in dynamic:
-        return shapes.create_symintnode(
-            shapes.create_symbol(value, source, DimDynamic.STATIC), hint=value, source=source
-        )
     symbol = shapes.create_symbol(
-        value, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+        value, source, DimDynamic.DYNAMIC, positive=None, do_not_specialize_zero_one=True
     )
     return shapes.create_symintnode(symbol, hint=value, source=source)
 
@@ -379,9 +440,3 @@ def _host_compute(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 def _packet(op: Any) -> str:
     return str(op.overloadpacket) if isinstance(op, torch._ops.OpOverload) else str(op)
 
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and (a.numel() == 0 or bool((a == b).all().item()))
-
-
-_REWRITTEN: dict[Any, Callable] = {aten.equal.default: _equal}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -24,6 +25,41 @@ class GraphPass(CustomGraphPass):
 
     def uuid(self) -> str:
         return f"{source_hash()} {matmul_precision()}"
+
+
+class BiasPass(GraphPass):
+    """After Inductor's own rewriting, which makes `addmm` of any product and sum: the kernel adds
+    one row to all rows, as it is; everything else is added in an operation of its own."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            bias, a, b = node.args
+            alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+            if (alpha, beta) == (1, 1) and _is_row(bias):
+                continue
+            with graph.inserting_before(node):
+                result = _call(graph, aten.mm.default, a, b)
+                if alpha != 1:
+                    result = _call(graph, aten.mul.Tensor, result, alpha)
+                if beta not in (0, 1):
+                    bias = _call(graph, aten.mul.Tensor, bias, beta)
+                if beta != 0:
+                    result = _call(graph, aten.add.Tensor, result, bias)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+
+
+def _is_row(node: torch.fx.Node) -> bool:
+    bias = node.meta["val"]
+    return bias.dim() < 2 or bias.stride()[0] == 0 or bias.shape[0] == 1
+
+
+def _call(graph: torch.fx.Graph, target: Any, *args: Any) -> torch.fx.Node:
+    """A new node with its meta value."""
+    node = graph.call_function(target, args)
+    values = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in args]
+    node.meta["val"] = target(*values)
+    return node
 
 
 @functools.cache

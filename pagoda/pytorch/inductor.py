@@ -17,7 +17,7 @@ from torch._inductor.codegen.common import (
 from torch._inductor.compile_fx import compile_fx
 
 from pagoda.pytorch import decompositions, device, eager
-from pagoda.pytorch.graph_pass import GraphPass
+from pagoda.pytorch.graph_pass import BiasPass, GraphPass
 from pagoda.pytorch.scheduling import PagodaScheduling
 from pagoda.pytorch.wrapper import RegionWrapper
 
@@ -44,8 +44,9 @@ SETTINGS: dict[str, Any] = {
     "benchmark_kernel": False,
     "size_asserts": False,
     "alignment_asserts": False,
-    "fallback_random": True,
+    "fallback_random": False,
     "post_grad_custom_pre_pass": GraphPass(),
+    "post_grad_custom_post_pass": BiasPass(),
 }
 SETTINGS = {name: value for name, value in SETTINGS.items() if hasattr(config, name)}
 

@@ -54,6 +54,56 @@ def _(q, k, v, mask, causal, scale, lower_right=False):
     return q.new_empty((batch, count, heads, v.shape[-1])).transpose(1, 2)
 
 
+def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    q, k, v, mask, causal, scale, lower_right = inputs
+    ctx.save_for_backward(q, k, v, mask)
+    ctx.causal, ctx.scale, ctx.lower_right = causal, scale, lower_right
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple:
+    """Gradients of attention from its inputs alone: the weights are computed again, in float32."""
+    q, k, v, mask = ctx.saved_tensors
+    batch, heads, rows, _ = q.shape
+    groups, columns = k.shape[1], k.shape[2]
+
+    def grouped(t: torch.Tensor) -> torch.Tensor:  # [b, h, m, d] -> [b, g, n * m, d]
+        return t.reshape(batch, groups, -1, t.shape[-1])
+
+    def spread(t: torch.Tensor) -> torch.Tensor:  # [b, g, n * m, s] -> [b, h, m, s]
+        return t.reshape(batch, heads, rows, columns)
+
+    scores = spread(grouped(q) @ k.transpose(-2, -1)).float() * ctx.scale
+    sees = None
+    if ctx.causal:
+        query = torch.arange(rows, device=q.device)[:, None]
+        last = query + (columns - rows) if ctx.lower_right else query
+        sees = torch.arange(columns, device=q.device)[None] <= last
+    if mask is not None and mask.dtype == torch.bool:
+        sees = mask if sees is None else mask & sees
+    elif mask is not None:
+        scores = scores + mask
+    if sees is not None:
+        scores = torch.where(sees, scores, -torch.inf)
+    # A row that sees nothing has weights 0, as in the forward pass.
+    top = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, top))
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    inner = spread(grouped(grad) @ v.transpose(-2, -1)).float()
+    inner = weights * (inner - (inner * weights).sum(-1, keepdim=True))
+    back = grouped((inner * ctx.scale).to(q.dtype))
+    grad_q = (back @ k).reshape(q.shape)
+    grad_k = back.transpose(-2, -1) @ grouped(q)
+    grad_v = grouped(weights.to(v.dtype)).transpose(-2, -1) @ grouped(grad)
+    grad_mask = None
+    if mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]:
+        grad_mask = inner.sum_to_size(mask.shape).to(mask.dtype)
+    return grad_q, grad_k, grad_v, grad_mask, None, None, None
+
+
+sdpa.register_autograd(_gradient, setup_context=_keep)
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -66,9 +116,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     if dropout_p:
-        raise NotImplementedError(
-            f"scaled_dot_product_attention on device pagoda has no dropout, got dropout_p="
-            f"{dropout_p}. Call model.eval(), or set the model's attention dropout to 0."
+        return _attention_with_dropout(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     if query.dim() != 4:
         lead = query.shape[:-3] if query.dim() > 4 else ()
@@ -83,6 +132,28 @@ def _attention(
             attn_mask = attn_mask.unsqueeze(0)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return torch.ops.pagoda.sdpa(query, key, value, attn_mask, is_causal, scale)
+
+
+def _attention_with_dropout(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+) -> torch.Tensor:
+    """Attention one operation after another: the kernel has no dropout, and this is for training
+    only."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query @ key.transpose(-2, -1)).float() * scale
+    if is_causal:
+        shape = (query.shape[-2], key.shape[-2])
+        sees = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+        scores = torch.where(sees, scores, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = torch.where(attn_mask, scores, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.nn.functional.dropout(scores.softmax(-1), dropout_p)
+    return weights.to(value.dtype) @ value
 
 
 def _four(t: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch._inductor.virtualized import V
 from pagoda.compiler.index_expr import Expr
 from pagoda.compiler.loop_nest import LOW_PRECISION, POINTWISE, Builder
 from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.philox import Philox
 from pagoda.pytorch.symbolic import dtype_name, to_expr
 
 # Inductor's name -> ours, where they differ.
@@ -74,7 +75,7 @@ class NestHandler(DefaultHandler):
         self._other: bool | int | float = 0
 
     def expression(self, index: sympy.Expr | int) -> Expr:
-        index = sympy_subs(sympy.sympify(index), V.graph.sizevars.precomputed_replacements)
+        index = sympy_subs(sympy.sympify(index), V.graph.sizevars.inv_precomputed_replacements)
         return to_expr(index, self.atoms)
 
     def load(self, name: str, index: sympy.Expr) -> Value:
@@ -150,6 +151,21 @@ class NestHandler(DefaultHandler):
 
     def device_assert_async(self, condition: Any, message: str) -> None:
         """Every indirect access is checked anyway."""
+
+    def load_seed(self, name: str, offset: int) -> Value:
+        return self.load(name, sympy.Integer(offset))
+
+    def rand(self, seed: Value, offset: Value) -> Value:
+        return Value(Philox(self.builder, seed.number, offset.number).uniform())
+
+    def randn(self, seed: Value, offset: Value) -> Value:
+        return Value(Philox(self.builder, seed.number, offset.number).normal())
+
+    def randint64(self, seed: Value, offset: Value, low: Any, high: Any) -> Value:
+        first, end = self._number(low, "int64"), self._number(high, "int64")
+        span = self.builder.pointwise("sub", end, first)
+        drawn = Philox(self.builder, seed.number, offset.number).below(span)
+        return Value(self.builder.pointwise("add", first, drawn))
 
     def index_expr(self, index: sympy.Expr, dtype: torch.dtype) -> Value:
         return Value(self.builder.index(self.expression(index), dtype_name(dtype)))

@@ -65,6 +65,8 @@ def to_expr(value: sympy.Expr | int, atoms: Mapping[sympy.Symbol, Expr] | None =
             return args[0] % args[1]
         case CeilDiv():
             return ceildiv(args[0], args[1])
+        case sympy.Abs():
+            return maximum(args[0], Const(0) - args[0])
         case Identity():
             return args[0]
         case TorchMin() | sympy.Min():

@@ -92,6 +92,7 @@ class _RegionBuilder:
         self.views: dict[str, View] = {}  # Inductor's buffer name -> its memory
         self.symbols: list[SymbolSource] = []
         self.steps: list[KernelCall] = []
+        self.seeds: list[TensorInput] = []
         self.pending: dict[str, Any] = {}  # library calls whose output is not yet known
 
     def build(self) -> Region:
@@ -108,17 +109,18 @@ class _RegionBuilder:
             name = "_".join(name)
         region = Region(
             name=str(name),
-            inputs=tuple(inputs),
+            inputs=(*inputs, *self.seeds),
             outputs=outputs,
             symbols=tuple(self.symbols),
             buffers=tuple(self.buffers),
             steps=tuple(self.steps),
+            seeds=tuple(seed.view.sizes[0].value for seed in self.seeds),
         )
         return widen_temporaries(region)
 
     def expr(self, value: sympy.Expr | int) -> Expr:
         if not isinstance(value, int):
-            value = sympy_subs(value, V.graph.sizevars.precomputed_replacements)
+            value = sympy_subs(value, V.graph.sizevars.inv_precomputed_replacements)
         return to_expr(value)
 
     def exprs(self, values: Any) -> tuple[Expr, ...]:
@@ -305,6 +307,10 @@ class _RegionBuilder:
                 layout = view.layout if view is not None else line.layout
                 base = self.views[self._real_name(line.node.get_name())]
                 self.views[line.reused_as.get_name()] = self._reinterpret(base, layout)
+            case lines.ExternKernelOutLine() if isinstance(line.node, ir.RandomSeeds):
+                view = self.view(line.node)
+                self.buffers[view.buffer] = replace(self.buffers[view.buffer], kind="input")
+                self.seeds.append(TensorInput(view))
             case lines.ExternKernelOutLine():
                 node = line.node
                 out = self.view(node.output_view if node.output_view else node)
@@ -319,6 +325,11 @@ class _RegionBuilder:
                 pass
             case str() if line.lstrip().startswith("#"):
                 pass
+            case lines.UnbackedSymbolDefsLine():
+                raise Unsupported(
+                    "an operation whose result's size depends on data (as of nonzero, x[mask] or "
+                    "unique) has no kernel. Use torch.where or a mask of fixed size."
+                )
             case _:
                 raise Unsupported(
                     f"Inductor's {type(line).__name__} has no counterpart on device pagoda "

@@ -1,0 +1,95 @@
+"""Sorting by rank: where an element goes is the number of elements before it.
+
+Quadratic in the length of a row, but plain loop nests: meant for experts, beams and positions, not
+for vocabularies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+LIMIT = 2048  # longer rows are refused
+
+
+def _ranks(row: torch.Tensor, descending: bool) -> torch.Tensor:
+    """For each element of the last dimension its place in the stable order; NaN is the largest."""
+    mine, other = row[..., :, None], row[..., None, :]
+    places = torch.arange(row.shape[-1], device=row.device)
+    earlier = places[None, :] < places[:, None]
+    first = other > mine if descending else other < mine
+    same = other == mine
+    if row.is_floating_point():
+        mine_nan, other_nan = torch.isnan(mine), torch.isnan(other)
+        wins = other_nan & ~mine_nan if descending else mine_nan & ~other_nan
+        first, same = first | wins, same | (mine_nan & other_nan)
+    return (first | (same & earlier)).sum(-1)
+
+
+def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:
+    if x.dim() == 0:
+        return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+    row = x.movedim(dim, -1)
+    if row.shape[-1] > LIMIT:
+        return NotImplemented
+    ranks = _ranks(row, descending)
+    wanted = torch.arange(count, device=x.device)[:, None]
+    places = torch.arange(row.shape[-1], device=x.device)
+    indices = torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
+    values = row.gather(-1, indices)
+    return values.movedim(-1, dim).contiguous(), indices.movedim(-1, dim).contiguous()
+
+
+def topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    return _picked(x, k, dim, largest)
+
+
+def sort(x: torch.Tensor, dim: int = -1, descending: bool = False) -> Any:
+    return _picked(x, x.shape[dim] if x.dim() else 1, dim, descending)
+
+
+def sort_stable(
+    x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> Any:
+    return sort(x, dim, descending)
+
+
+def histc(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+    """Counts of equal bins; the last one includes its upper end."""
+    if min == max:
+        return NotImplemented  # the range would depend on the data
+    flat = x.reshape(-1).float()
+    inside = (flat >= min) & (flat <= max)
+    bin_ = ((flat - min) * (bins / (max - min))).floor().clamp(max=bins - 1)
+    wanted = torch.arange(bins, device=x.device)[:, None]
+    return ((bin_ == wanted) & inside).sum(-1).to(x.dtype)
+
+
+def grouped_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Products of groups: the group ends of the dimension that is split are `offs`. Every group
+    is multiplied as if all rows were in it, the others being 0."""
+    if bias is not None:
+        return NotImplemented
+    if offs is None:
+        out = torch.bmm(a, b)
+        return out if out_dtype is None else out.to(out_dtype)
+    split = a.shape[0] if b.dim() == 3 else b.shape[-1] if a.dim() == 3 else a.shape[1]
+    place = torch.arange(split, device=a.device)
+    begins = torch.cat([torch.zeros_like(offs[:1]), offs[:-1]])
+    member = (place >= begins[:, None]) & (place < offs[:, None])  # [groups, split]
+    groups = offs.shape[0]
+    if b.dim() == 3:  # [s, k] x [g, k, n]
+        out = torch.bmm(torch.where(member[:, :, None], a, 0), b).sum(0)
+    elif a.dim() == 3:  # [g, m, k] x [k, s]
+        out = torch.bmm(a, torch.where(member[:, None, :], b, 0)).sum(0)
+    else:  # [m, s] x [s, n]
+        wide = torch.where(member[:, None, :], a, 0)
+        out = torch.bmm(wide, b.expand(groups, *b.shape))
+    return out.to(out_dtype or a.dtype)

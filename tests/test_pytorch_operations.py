@@ -1,0 +1,165 @@
+"""Operations, eager and compiled, forward and backward, against torch on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pagoda
+from pagoda.pytorch import eager
+
+P = "pagoda"
+
+
+@pytest.fixture(autouse=True)
+def tiny():
+    pagoda.use_chip("tiny")
+    torch.manual_seed(0)
+
+
+def moved(value, place):
+    if isinstance(value, torch.Tensor):
+        leaf = value.detach().to(place)
+        return leaf.requires_grad_(value.requires_grad)
+    return value
+
+
+def both(function, *args, compiled=False, rtol=2e-5, atol=2e-6):
+    """`function` and the gradients of its first result's weighted sum, here and there."""
+    results = []
+    for place in ("cpu", P):
+        here = [moved(a, place) for a in args]
+        run = torch.compile(function, backend=P) if compiled and place == P else function
+        out = run(*here)
+        out = out if isinstance(out, tuple) else (out,)
+        if out[0].requires_grad:
+            weights = torch.arange(out[0].numel(), dtype=torch.float32).reshape(out[0].shape)
+            (out[0] * (weights / out[0].numel()).to(place)).sum().backward()
+        found = [t.detach().cpu() for t in out]
+        found += [a.grad.cpu() for a in here if isinstance(a, torch.Tensor) and a.grad is not None]
+        results.append(found)
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def values(*shape, grad=True):
+    return torch.randn(*shape, requires_grad=grad)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("function", "args"),
+    {
+        "cross entropy with an ignored class": (
+            lambda x, t: F.cross_entropy(x, t), (values(6, 5), torch.tensor([1, -100, 2, 0, 4, 3]))
+        ),
+        "embedding with padding": (
+            lambda w, i: F.embedding(i, w, padding_idx=1), (values(7, 3), torch.tensor([1, 4, 4]))
+        ),
+        "roll": (lambda x: x.roll(-1, 0), (values(5, 3),)),
+        "matrix bias": (lambda c, a, b: torch.addmm(c, a, b), (values(3, 4), values(3, 5),
+                                                              values(5, 4))),
+        "alpha and beta": (
+            lambda c, a, b: torch.addmm(c, a, b, alpha=0.5, beta=2.0),
+            (values(4), values(3, 5), values(5, 4)),
+        ),
+        "batched bias": (
+            lambda c, a, b: torch.baddbmm(c, a, b, alpha=0.5, beta=2.0),
+            (values(2, 3, 4), values(2, 3, 5), values(2, 5, 4)),
+        ),
+        "reflected padding": (lambda x: F.pad(x, (2, 1), mode="reflect"), (values(2, 3, 6),)),
+        "overlapping windows summed": (
+            lambda x: F.fold(x, (5, 6), (3, 3), padding=1), (values(1, 18, 30),)
+        ),
+        "bits of integers": (lambda x: (x & 3) | (x ^ 5), (torch.arange(-6, 9),)),
+        "fmod by a number": (lambda x: torch.fmod(x, 2), (values(9),)),
+        "cumprod": (lambda x: x.cumprod(1), (values(3, 7),)),
+        "bilinear": (
+            lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (values(1, 2, 4, 5),)
+        ),
+        "adaptive average pooling": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+                                     (values(1, 2, 5, 7),)),
+        "topk": (lambda x: torch.topk(x, 3), (values(4, 9),)),
+        "sort": (lambda x: x.sort(0, descending=True), (values(8, 3),)),
+    }.values(),
+)  # fmt: skip
+def test_operation(function, args, compiled):
+    both(function, *args, compiled=compiled)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_cells(cell):
+    module = cell(3, 5)
+    both(lambda x: module.to(x.device)(x)[0], values(4, 2, 3))
+
+
+def test_a_batch_norm_leaves_its_input_usable():
+    """Its statistics are written without its schema saying so, as on other devices."""
+    norm = nn.BatchNorm2d(3)
+
+    def twice(x):
+        here = norm.to(x.device)
+        return here(here(x))
+
+    both(twice, values(4, 3, 5, 5), rtol=1e-4, atol=2e-5)
+
+
+def test_the_fused_encoder_layer_is_taken_apart():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with torch.no_grad():
+        both(lambda x: layer.to(x.device)(x), values(2, 5, 8, grad=False))
+
+
+def test_masks_as_indices_are_counted():
+    x, mask = torch.arange(6.0), torch.tensor([True, False, True, True, False, False])
+    d = x.to(P)
+    torch.pagoda.reset_fallbacks()
+    assert d[mask.to(P)].tolist() == [0, 2, 3]
+    assert torch.masked_select(d, mask.to(P)).tolist() == [0, 2, 3]
+    d[mask.to(P)] = -1.0
+    assert d.tolist() == [-1, 1, -1, -1, 4, 5]
+    assert set(torch.pagoda.fallbacks()) == {"aten.nonzero.default"}
+
+
+def test_a_result_whose_size_depends_on_data_is_refused_when_compiled():
+    x = torch.arange(6.0, device=P)
+    with pytest.raises(Exception) as raised:
+        torch.compile(lambda x: x[x > 2] * 2, backend=P, fullgraph=True)(x)
+    assert "Use torch.where or a mask of fixed size." in str(raised.value)
+
+
+def test_counts_by_class():
+    both(lambda x: torch.histc(x, 5, 0, 10), torch.tensor([0.0, 1, 2, 3.5, 9.9, 10, 11, -1]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grouped_products(compiled):
+    offsets = torch.tensor([2, 2, 7], dtype=torch.int32)
+
+    def products(a, b, offs):
+        return torch._grouped_mm(a, b, offs)
+
+    a, b = torch.randn(7, 16).bfloat16(), torch.randn(3, 16, 8).bfloat16()
+    run = torch.compile(products, backend=P) if compiled else products
+    got = run(a.to(P), b.to(P), offsets.to(P)).cpu().float()
+    parts = [a[0:2].float() @ b[0].float(), a[2:7].float() @ b[2].float()]
+    torch.testing.assert_close(got, torch.cat(parts), rtol=1e-2, atol=1e-2)
+
+
+def test_a_condition_with_or_stays_one_condition():
+    assert eager._all_of(["a or b", "c"]) == "(a or b) and (c)"
+    assert eager._all_of([]) == ""
+
+
+def test_sizes_and_negative_numbers_vary():
+    """Positions and shifts that change from call to call, below zero too."""
+    x = torch.arange(12.0).reshape(3, 4)
+    for shift in (-2, 1, -1, 2, 0):
+        assert torch.equal(x.to(P).roll(shift, 1).cpu(), x.roll(shift, 1)), shift
+    for classes in (3, 5, 9):
+        logits, target = torch.randn(classes, classes), torch.arange(classes)
+        target[0] = -100
+        want = F.cross_entropy(logits, target)
+        torch.testing.assert_close(F.cross_entropy(logits.to(P), target.to(P)).cpu(), want)
