@@ -71,6 +71,10 @@ from pagoda.kernels.attention import LOG2_E, hide, row_tensor
 from pagoda.kernels.attention_backward_blocks import BackwardBlocks, float32_run
 from pagoda.kernels.float32 import products, split_terms
 
+LOADED_PARTS = 3
+"""Steps whose q, dout, k and v are there at a time: one on the way, one at its scores, one at its
+gradients."""
+
 
 def attention_backward_kernel(
     dtype: DType,
@@ -100,7 +104,8 @@ def attention_backward_kernel(
 @dataclass(frozen=True)
 class _Step:
     """A block of queries of one head on a block of keys. begins: whether it is the first one on its
-    keys; half, key_half: in which half of the tiles its rows and keys are."""
+    keys. part, key_part: in which part of the tiles its rows and keys are; half: in which half its
+    weights."""
 
     batch: Scalar
     group: Scalar
@@ -110,8 +115,9 @@ class _Step:
     key: Scalar
     keys: Scalar
     begins: Scalar
+    part: Scalar
+    key_part: Scalar
     half: Scalar
-    key_half: Scalar
 
 
 class _Backward:
@@ -131,7 +137,6 @@ class _Backward:
         self.causal, self.mask_dtype, self.terms, self.blocks = causal, mask, terms, blocks
         self.run = float32_run(max(head_dim, value_dim))
         self.ahead = terms == 1
-        self.halves = 2 if self.ahead else 1
         kinds = ("_causal" * causal, f"_{mask.name.lower()}_mask" if mask is not None else "")
         name = f"attention_backward_{dtype.name.lower()}_{head_dim}{''.join(kinds)}"
         self.b = b = KernelBuilder(name)
@@ -159,17 +164,17 @@ class _Backward:
         self.dq_sum = b.tile(DType.F32, rows, self.head_dim, name="dq_sum", memory="acc")
         self.dk_sum = b.tile(DType.F32, keys, self.head_dim, name="dk_sum", memory="acc")
         self.dv_sum = b.tile(DType.F32, keys, self.value_dim, name="dv_sum", memory="acc")
-        self.q_terms = self._operand("q", rows, self.head_dim)
-        self.dout_terms = self._operand("dout", rows, self.value_dim)
-        self.k_terms = self._operand("k", keys, self.head_dim)
-        self.v_terms = self._operand("v", keys, self.value_dim)
-        self.p_terms = self._operand("p", rows, keys)
-        self.ds_terms = self._operand("ds", rows, keys)
-        self.half, self.key_half, self.begins, self.started = map(
-            Variable, map(b.fresh, ("half", "key_half", "begins", "started"))
-        )
-        for variable in (self.half, self.key_half, self.begins, self.started):
+        self.q_terms = self._operand("q", LOADED_PARTS, rows, self.head_dim)
+        self.dout_terms = self._operand("dout", LOADED_PARTS, rows, self.value_dim)
+        self.k_terms = self._operand("k", LOADED_PARTS, keys, self.head_dim)
+        self.v_terms = self._operand("v", LOADED_PARTS, keys, self.value_dim)
+        self.p_terms = self._operand("p", 2, rows, keys)
+        self.ds_terms = self._operand("ds", 2, rows, keys)
+        names = "part", "key_part", "half", "begins", "started"
+        variables = [Variable(b.fresh(name)) for name in names]
+        for variable in variables:
             b.emit(Let(variable.name, ZERO))
+        self.part, self.key_part, self.half, self.begins, self.started = variables
         self.last = _Step(*(Variable(b.fresh(f"last_{field.name}")) for field in fields(_Step)))
         groups = self.k.size(1)
         # Without queries there would be no step, and so no key to write.
@@ -184,10 +189,11 @@ class _Backward:
                 self._write_keys(self.last)
         return b.build()
 
-    def _operand(self, name: str, rows: int, cols: int) -> list[Tile]:
-        """Tiles for the bf16 terms of an operand."""
+    def _operand(self, name: str, parts: int, rows: int, cols: int) -> list[Tile]:
+        """Tiles for the bf16 terms of an operand: for that many steps, if they overlap."""
         names = [name] if self.terms == 1 else [f"{name}{term}" for term in range(self.terms)]
-        return [self.b.tile(DType.BF16, self.halves * rows, cols, name=n) for n in names]
+        height = rows * parts if self.ahead else rows
+        return [self.b.tile(DType.BF16, height, cols, name=n) for n in names]
 
     # One unit ------------------------------------------------------------------------------------
 
@@ -196,8 +202,9 @@ class _Backward:
         queries, all_keys = self.q.size(2), self.k.size(2)
         with b.loop("key", 0, all_keys, self.blocks.keys) as key:
             keys = b.let("keys", minimum(self.blocks.keys, all_keys - key))
-            self._load(self.k_terms, self.k.at(batch, group, key), self.key_half, keys)
-            self._load(self.v_terms, self.v.at(batch, group, key), self.key_half, keys)
+            k, v = self._key_views(self.key_part)
+            self._load(k, self.k.at(batch, group, key), keys)
+            self._load(v, self.v.at(batch, group, key), keys)
             b.emit(Let(self.begins.name, ONE))
             start = b.let("start", self._first_query(key, queries))
             with b.loop("member", 0, self.heads_per_group) as member:
@@ -206,12 +213,12 @@ class _Backward:
                     rows = b.let("rows", minimum(self.blocks.rows, queries - query))
                     self._step(
                         _Step(batch, group, head, query, rows, key, keys,
-                              self.begins, self.half, self.key_half)
+                              self.begins, self.part, self.key_part, self.half)
                     )  # fmt: skip
             if not self.ahead:
                 self._write_keys(self.last)
             else:
-                b.emit(Let(self.key_half.name, ONE - self.key_half))
+                self._turn(self.key_part)
 
     def _first_query(self, key: Scalar, queries: Scalar) -> Scalar:
         """The first query that sees a key from `key` on. The first block of keys meets all queries,
@@ -243,23 +250,43 @@ class _Backward:
             b.emit(Let(variable.name, getattr(step, field.name)))
         b.emit(Let(self.begins.name, ZERO))
         if self.ahead:
+            self._turn(self.part)
             b.emit(Let(self.half.name, ONE - self.half))
             b.emit(Let(self.started.name, ONE))
 
     # Operands ------------------------------------------------------------------------------------
 
-    def _views(self, terms: list[Tile], half: Scalar) -> list[View]:
-        return [tile.view(half * (tile.rows // self.halves)) for tile in terms]
+    def _turn(self, part: Variable) -> None:
+        self.b.emit(Let(part.name, (part + 1) * part.lt(LOADED_PARTS - 1)))
 
-    def _load(self, terms: list[Tile], window: Access, half: Scalar, rows: Scalar) -> None:
-        """Rows of a tensor as bf16 terms, into one half of their tiles."""
-        b, width = self.b, terms[0].cols
+    def _views(self, terms: list[Tile], part: Scalar, rows: int) -> list[View]:
+        """One part of the tiles, of so many rows."""
+        return [tile.view(part * rows) for tile in terms]
+
+    def _row_views(self, step: _Step) -> tuple[list[View], list[View]]:
+        """q and dout of a step."""
+        rows = self.blocks.rows
+        return tuple(self._views(x, step.part, rows) for x in (self.q_terms, self.dout_terms))
+
+    def _key_views(self, part: Scalar) -> tuple[list[View], list[View]]:
+        """k and v of a block of keys."""
+        return tuple(self._views(x, part, self.blocks.keys) for x in (self.k_terms, self.v_terms))
+
+    def _weight_views(self, step: _Step) -> tuple[list[View], list[View]]:
+        """p and ds of a step."""
+        rows = self.blocks.rows
+        return tuple(self._views(x, step.half, rows) for x in (self.p_terms, self.ds_terms))
+
+    def _load(self, terms: list[View], window: Access, rows: Scalar) -> None:
+        """Rows of a tensor as bf16 terms."""
+        b, width = self.b, terms[0].tile.cols
         if self.terms == 1:
-            b.load(self._views(terms, half)[0], window, rows, width)
+            b.load(terms[0], window, rows, width)
             return
-        whole = b.tile(DType.F32, terms[0].rows, width, name="whole", buffers=1)
+        tiles = [view.tile for view in terms]
+        whole = b.tile(DType.F32, tiles[0].rows, width, name="whole", buffers=1)
         b.load(whole, window, rows, width)
-        split_terms(b, whole, terms, rows, width)
+        split_terms(b, whole, tiles, rows, width)
 
     def _dot(
         self,
@@ -302,10 +329,9 @@ class _Backward:
     def _dot_scores(self, step: _Step) -> None:
         """q k^T and dout v^T, which need what the step loads."""
         where = step.batch, step.head, step.query
-        self._load(self.q_terms, self.q.at(*where), step.half, step.rows)
-        self._load(self.dout_terms, self.dout.at(*where), step.half, step.rows)
-        q, dout = (self._views(x, step.half) for x in (self.q_terms, self.dout_terms))
-        k, v = (self._views(x, step.key_half) for x in (self.k_terms, self.v_terms))
+        (q, dout), (k, v) = self._row_views(step), self._key_views(step.key_part)
+        self._load(q, self.q.at(*where), step.rows)
+        self._load(dout, self.dout.at(*where), step.rows)
         shape = step.rows, step.keys
         self._dot(self.dots, q, k, (*shape, self.head_dim), transpose_b=True)
         self._dot(self.dp, dout, v, (*shape, self.value_dim), transpose_b=True)
@@ -325,8 +351,9 @@ class _Backward:
         inner = apply("fsub", Read(self.dp.view()), Column(delta.view()))
         ds = apply("fmul", inner, Read(p.view()))
         if self.terms == 1:
-            b.elementwise(self._views(self.p_terms, step.half)[0], Read(p.view()), *shape)
-            b.elementwise(self._views(self.ds_terms, step.half)[0], ds, *shape)
+            (p_view,), (ds_view,) = self._weight_views(step)
+            b.elementwise(p_view, Read(p.view()), *shape)
+            b.elementwise(ds_view, ds, *shape)
             return
         whole = b.tile(DType.F32, most, self.blocks.keys, name="ds_float", buffers=1)
         b.elementwise(whole, ds, *shape)
@@ -387,9 +414,8 @@ class _Backward:
 
     def _dot_gradients(self, step: _Step) -> None:
         b = self.b
-        operands = self.p_terms, self.ds_terms, self.q_terms, self.dout_terms
-        p, ds, q, dout = (self._views(terms, step.half) for terms in operands)
-        k = self._views(self.k_terms, step.key_half)
+        (p, ds), (q, dout) = self._weight_views(step), self._row_views(step)
+        k, _ = self._key_views(step.key_part)
         window = self.dq.at(step.batch, step.head, step.query)
         with b.when(step.key.gt(0)):
             before = b.tile(DType.F32, self.blocks.rows, self.head_dim, name="dq_before")

@@ -109,10 +109,10 @@ def memory_bytes(
     blocks: BackwardBlocks, head_dim: int, value_dim: int, mask: DType | None, terms: int
 ) -> tuple[int, int]:
     """About how many bytes of SRAM and of ACC the kernel's tiles take, with one buffer of each
-    but those that hold two halves."""
+    but those that hold several steps."""
     rows, keys, both = blocks.rows, blocks.keys, head_dim + value_dim
-    copies = 2 * (2 if terms == 1 else terms)
-    sram = copies * ((rows + keys) * both + 2 * rows * keys)
+    loaded, made = (3, 2) if terms == 1 else (terms, terms)
+    sram = 2 * loaded * (rows + keys) * both + 4 * made * rows * keys
     sram += 4 * rows * keys + 8 * rows * head_dim + 64 * rows  # p, dq as it comes and goes
     sram += keys * both * (2 if terms == 1 else 4)  # dk and dv rounded
     sram += rows * keys  # which keys of the diagonal a row sees
