@@ -274,23 +274,24 @@ class _Attention:
         sum_state = b.tile(DType.F32, most, SPAN_UNIT, name="sum_state")
         maxima = b.tile(DType.F32, most, 2, name="maxima")  # of this block and the one before
         scores = b.tile(DType.F32, most, SOFTMAX_BLOCK, name="scores")
-        b.elementwise(max_state, splat(-FLT_MAX), unit.rows)
         limits = self._limits(unit) if self.causal else None
         parity = b.fresh("parity")
         b.emit(Let(parity, ZERO))
         with b.loop("block", 0, maximum(unit.seen, 1), SOFTMAX_BLOCK) as block:
             keys = b.let("keys", minimum(SOFTMAX_BLOCK, unit.seen - block))
-            with b.loop("span", 0, keys, self.blocks.span) as span:
+            with b.loop("span", 0, maximum(keys, 1), self.blocks.span) as span:
                 count = b.let("count", minimum(self.blocks.span, keys - span))
                 first = b.let("first", block + span)
                 with b.when(first.ne(0)):
                     self._dot_keys(unit, first, count, self.q_now)
                 view = scores.view(0, span)
                 self._mask_scores(unit, view, first, count, limits)
-                b.reduce("fmax", max_state, view, unit.rows, count, first=0, start=span)
+                self._fold("fmax", max_state, view, unit.rows, count, first.eq(0))
                 b.emit(Let(self.half, ONE - Variable(self.half)))
             maximum_now = maxima.view(0, Variable(parity))
             b.finish("fmax", maximum_now, max_state, unit.rows)
+            floor = apply("fmax", Read(maximum_now), splat(-FLT_MAX))
+            b.elementwise(maximum_now, floor, unit.rows, 1)
             with b.when(block.ne(0)):
                 before = maxima.view(0, ONE - Variable(parity))
                 self._rescale(unit, before, maximum_now, sum_state, result)
@@ -455,6 +456,30 @@ class _Attention:
             self._load_rows(unit, tile.view(), window, count)
         return tile
 
+    def _fold(
+        self, op: str, state: Tile, view: View, rows: Scalar, count: Scalar, first: Scalar
+    ) -> None:
+        """state := state op `count` columns, column j to lane j mod 64 in order; anew if `first`.
+
+        The state is that of a row reduction, and `finish` goes on from there; but a vector command
+        takes two columns to a lane at once, and a reduction has to bring the state in and out."""
+        b, lanes = self.b, SPAN_UNIT
+        before = Read(state.view())
+        with b.loop("pair", 0, maximum(count, 1), 2 * lanes) as place:
+            left = b.let("left", count - place)
+            anew = b.let("anew", first * place.eq(0))
+            one, other = (Read(replace(view, col=view.col + place + c)) for c in (0, lanes))
+            with b.body() as less:
+                with b.when(anew):
+                    b.elementwise(state, splat(-math.inf if op == "fmax" else -0.0), rows)
+                b.elementwise(state, apply(op, before, one), rows, minimum(left, lanes))
+                with b.when(left.gt(lanes)):
+                    b.elementwise(state, apply(op, before, other), rows, left - lanes)
+            with b.body() as further:
+                b.elementwise(state, apply(op, apply(op, before, one), other), rows)
+            with b.when(left.ge(2 * lanes), less), b.when(anew, further):
+                b.elementwise(state, apply(op, one, other), rows)
+
     # Weights and result --------------------------------------------------------------------------
 
     def _rescale(
@@ -487,7 +512,7 @@ class _Attention:
         summed = b.tile(DType.BF16 if self.terms == 1 else DType.F32, *shape, name="weights")
         power = self._power(Read(scores), Column(maximum_now))
         b.elementwise(summed, power, unit.rows, count)
-        b.reduce("fsum", sum_state, summed, unit.rows, count, first=first.eq(0), start=scores.col)
+        self._fold("fadd", sum_state, summed.view(), unit.rows, count, first.eq(0))
         if self.terms == 1:
             return [summed]
         terms = self._term_tiles("weights", *shape)
