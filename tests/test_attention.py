@@ -424,3 +424,15 @@ def test_cores_share_the_work():
     _, alone = check(q, k, v, chip=one)
     _, together = check(q, k, v, chip=CAR)
     assert together.cycles < alone.cycles / 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "masked", "least"), [(128, False, 0.85), (128, True, 0.75), (512, True, 0.8)]
+)
+def test_the_matrix_engine_is_busy(keys, masked, least):
+    """On `edge`, encoders: every query sees every key, or those that are no padding."""
+    q, k, v = tensors(h=8 if keys == 128 else 2, g=8 if keys == 128 else 2, q=keys, s=keys, d=64)
+    mask = np.arange(keys)[None, None, None] < keys - 5 if masked else None
+    _, result = check(q, k, v, mask, chip=EDGE)
+    work = 2 * 64 * q.shape[1] * keys * keys / (EDGE.rows * EDGE.cols)
+    assert work / result.cycles >= least, work / result.cycles

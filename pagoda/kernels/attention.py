@@ -156,6 +156,7 @@ class _Attention:
     ):
         self.dtype, self.head_dim, self.value_dim = dtype, head_dim, value_dim
         self.causal, self.mask_dtype, self.terms, self.blocks = causal, mask, terms, blocks
+        self.added = mask in (DType.F32, DType.BF16)  # the mask, to the scores
         kinds = ("_causal" * causal, f"_{mask.name.lower()}_mask" if mask is not None else "")
         kinds += ("_statistics" * statistics,)
         b = KernelBuilder(f"attention_{dtype.name.lower()}_{head_dim}{''.join(kinds)}")
@@ -396,7 +397,7 @@ class _Attention:
         """Rows of K or V as bf16 terms."""
         b, most = self.b, self.blocks.keys
         if self.terms == 1:
-            tile = b.tile(DType.BF16, most, width, name=f"{name}_tile")
+            tile = b.tile(DType.BF16, most, width, name=f"{name}_tile", buffers=3)
             b.load(tile, window, keys, width)
             return [tile.view()]
         whole = b.tile(DType.F32, most, width, name=f"{name}_float", buffers=1)
@@ -488,15 +489,12 @@ class _Attention:
         """What was summed up relative to the maximum `before`, relative to `now`."""
         b = self.b
         factor = b.tile(DType.F32, self.blocks.rows, 1, name="factor")
-        b.elementwise(factor, self._power(Read(before), Read(now)), unit.rows, 1)
+        power = apply("fsub", Read(before), Read(now))
+        if self.added:
+            power = apply("fmul", power, splat(LOG2_E))
+        b.elementwise(factor, apply("exp2", power), unit.rows, 1)
         for view in (sum_state.view(), result):
             b.elementwise(view, apply("fmul", Read(view), Column(factor.view())), unit.rows)
-
-    def _power(self, score: Tree, maximum_now: Tree) -> Tree:
-        difference = apply("fsub", score, maximum_now)
-        if self.mask_dtype in (DType.F32, DType.BF16):
-            difference = apply("fmul", difference, splat(LOG2_E))
-        return apply("exp2", difference)
 
     def _weights(
         self,
@@ -510,8 +508,11 @@ class _Attention:
         """The weights of one span of keys as bf16 terms, added to the sum."""
         b, shape = self.b, (self.blocks.rows, self.blocks.span)
         summed = b.tile(DType.BF16 if self.terms == 1 else DType.F32, *shape, name="weights")
-        power = self._power(Read(scores), Column(maximum_now))
-        b.elementwise(summed, power, unit.rows, count)
+        power = apply("fsub", Read(scores), Column(maximum_now))
+        if self.added:  # in place, which spares a tile
+            b.elementwise(scores, apply("fmul", power, splat(LOG2_E)), unit.rows, count)
+            power = Read(scores)
+        b.elementwise(summed, apply("exp2", power), unit.rows, count)
         self._fold("fadd", sum_state, summed.view(), unit.rows, count, first.eq(0))
         if self.terms == 1:
             return [summed]
