@@ -15,7 +15,7 @@ import pytest
 from pagoda.compiler.codegen import Blob
 from pagoda.compiler.compile import compile_kernel
 from pagoda.compiler.index_expr import Const
-from pagoda.compiler.region import KernelCall, LibraryCall, View
+from pagoda.compiler.region import LIBRARY, KernelCall, LibraryCall, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import PRESETS, Chip
 from pagoda.isa.numbers import DType
@@ -24,7 +24,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 TINY, EDGE = PRESETS["tiny"], PRESETS["edge"]
 CAR = replace(PRESETS["car"], dram_bytes=1 << 26)
-NAMES = {BF16: "bfloat16", F32: "float32", np.dtype(bool): "bool"}
+NAMES = {BF16: "bfloat16", F32: "float32", np.dtype(bool): "bool", np.dtype(np.int32): "int32"}
 CODES = {BF16: DType.BF16, F32: DType.F32, np.dtype(bool): DType.BOOL}
 
 
@@ -52,12 +52,19 @@ def compiled_once() -> Iterator[None]:
 
 
 def library_call(
-    name: str, arrays: tuple[np.ndarray | None, ...], causal: bool | str, scale: float, terms: int
+    name: str,
+    arrays: tuple[np.ndarray | None, ...],
+    causal: bool | str,
+    scale: float,
+    terms: int,
+    dropout: float = 0.0,
 ) -> KernelCall:
-    """A step on arrays, which become buffers 0, 1, ..."""
+    """A step on arrays, which become buffers 0, 1, ...; of the last ones some may be missing."""
+    arrays += (None,) * (len(LIBRARY[name][0]) - len(arrays))
     args = tuple(None if a is None else view(n, a) for n, a in enumerate(arrays))
+    attributes = (("causal", causal), ("scale", scale), ("dropout", dropout))
     precision = ("medium", "high", "highest")[terms - 1]
-    return KernelCall(LibraryCall(name, (("causal", causal), ("scale", scale)), precision), args)
+    return KernelCall(LibraryCall(name, attributes[: len(LIBRARY[name][1])], precision), args)
 
 
 def windowed(array: np.ndarray, found: View) -> np.ndarray:

@@ -69,9 +69,10 @@ def _library(step: KernelCall, *tensors: torch.Tensor | None) -> None:
             bias, a, b = (t.float() for t in args)
             results = (torch.addmm(bias, a, b, **attributes),)
         case "sdpa" | "sdpa_training" | "sdpa_backward" as name:
-            wide = [t if t is None or t.dtype == torch.bool else t.float() for t in args]
+            wide = [t.float() if t is not None and t.is_floating_point() else t for t in args]
             causal = attributes["causal"]
-            meaning = bool(causal), attributes["scale"], causal == "lower right"
+            meaning = [bool(causal), attributes["scale"], causal == "lower right"]
+            meaning += [attributes["dropout"]] if name != "sdpa" else []
             results = getattr(torch.ops.pagoda, name)(*wide, *meaning)
             results = (results,) if name == "sdpa" else results
         case name:

@@ -65,6 +65,17 @@ class Problem:
     mask: np.ndarray | None = None
     causal: bool | str = False
     terms: int = 1
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        (b, h, rows, _), keys = self.q.shape, self.k.shape[2]
+        rng = np.random.default_rng(9)
+        self.seeds = (None, None)
+        if self.dropout:
+            self.seeds = tuple(
+                rng.integers(-(2**31), 2**31, shape, dtype=np.int32)
+                for shape in ((b, h, rows), (b, keys))
+            )
 
     @property
     def scale(self) -> float:
@@ -74,8 +85,9 @@ class Problem:
         """out and statistics, from the forward kernel."""
         out = np.full((*self.q.shape[:3], self.v.shape[3]), 7, self.q.dtype)
         statistics = np.full((*self.q.shape[:3], 2), 7, F32)
-        arrays = (out, statistics, self.q, self.k, self.v, self.mask)
-        call = library_call("sdpa_training", arrays, self.causal, self.scale, self.terms)
+        arrays = (out, statistics, self.q, self.k, self.v, self.mask, *self.seeds)
+        meaning = self.causal, self.scale, self.terms, self.dropout
+        call = library_call("sdpa_training", arrays, *meaning)
         kernel, blocks = attention_for(call, chip)
         offset = causal_offset(call)
         views, scalars = attention_arguments(call, blocks, offset, chip.cores)
@@ -89,14 +101,15 @@ class Problem:
         dq = np.full(self.q.shape, 7, F32)
         dk, dv = np.full_like(self.k, 7), np.full_like(self.v, 7)
         rest = (self.dout, self.q, self.k, self.v, statistics, self.delta, self.mask)
-        arrays = (dq, dk, dv, *rest)
-        call = library_call("sdpa_backward", arrays, self.causal, self.scale, self.terms)
+        arrays = (dq, dk, dv, *rest, *self.seeds)
+        meaning = self.causal, self.scale, self.terms, self.dropout
+        call = library_call("sdpa_backward", arrays, *meaning)
         kernel = attention_backward_for(call, chip)
         if blocks is not None:
             kind = None if self.mask is None else CODES[self.mask.dtype]
             kernel = attention_backward_kernel(
                 CODES[self.q.dtype], self.q.shape[3], self.v.shape[3], bool(self.causal), kind,
-                self.terms, BackwardBlocks(*blocks),
+                self.terms, BackwardBlocks(*blocks), dropout=bool(self.dropout),
             )  # fmt: skip
         machine = machine or Simulator(chip, checking=True)
         views, scalars = attention_backward_arguments(call)
@@ -108,6 +121,13 @@ class Problem:
         for name, found in views.items():
             arguments[name] = windowed(arrays[found.buffer], found)
         return run_kernel(chip, kernel, machine, **arguments)
+
+    def dropped(self) -> np.ndarray:
+        """[b, h, i, s] bool: the docstring of `attention_dropout` in numpy."""
+        rows, columns = (x.astype(np.uint64) for x in self.seeds)
+        z = (rows[..., None] + columns[:, None, None]) * 0x85EBCA6B % 2**32
+        z = (z ^ z >> np.uint64(13)) * 0xC2B2AE35 % 2**32
+        return z.astype(np.uint32).view(np.int32) < round(self.dropout * 2**32) - 2**31
 
     def visible(self) -> np.ndarray:
         """[b, h, i, s] bool."""
@@ -122,11 +142,12 @@ class Problem:
 
 
 def problem(
-    b=1, h=1, g=1, q=1, s=1, d=16, e=None, dtype=BF16, seed=0, mask=None, causal=False, terms=1
+    b=1, h=1, g=1, q=1, s=1, d=16, e=None, dtype=BF16, seed=0, mask=None, causal=False, terms=1,
+    dropout=0.0,
 ) -> Problem:
     arrays = tensors(b=b, h=h, g=g, q=q, s=s, d=d, e=e, dtype=dtype, seed=seed)
     dout = np.random.default_rng(seed + 1).standard_normal((b, h, q, e or d)).astype(dtype)
-    return Problem(*arrays, dout, mask, causal, terms)
+    return Problem(*arrays, dout, mask, causal, terms, dropout)
 
 
 def row_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -173,7 +194,7 @@ def model(p: Problem):
     run, zero = float32_run(max(dim, p.v.shape[3])), np.float32(0)
     added = p.mask is not None and p.mask.dtype != bool
     scale = np.float32(p.scale if added else p.scale * LOG2_E)
-    visible = p.visible()
+    visible, kept_scale = p.visible(), np.float32(1 / (1 - p.dropout))
     for b in range(batch):
         for h in range(heads):
             g = h // (heads // groups)
@@ -188,11 +209,16 @@ def model(p: Problem):
                 t = fsub(fmul(t, scale), largest)
             t = np.where(visible[b, h], t, np.float32(-np.inf))
             weight = tables.exp2(fsub(t, logarithm))
+            if p.dropout:
+                dropped = p.dropped()[b, h]
+                dp = fmul(np.where(dropped, zero, dp), kept_scale)
             ds = fmul(fsub(dp, p.delta[b, h, :, None]), weight)
+            if p.dropout:
+                weight = np.where(dropped, zero, weight)
             dq[b, h] = fadd(dot_runs(ds, p.k[b, g], dq[b, h], p.terms, run), zero)
             dk[b, g] = dot_runs(ds.T, p.q[b, h], dk[b, g], p.terms, run)
             dv[b, g] = dot_runs(weight.T, p.dout[b, h], dv[b, g], p.terms, run)
-    dk, dv = fadd(fmul(dk, np.float32(p.scale)), zero), fadd(dv, zero)
+    dk, dv = fadd(fmul(dk, np.float32(p.scale)), zero), fadd(fmul(dv, kept_scale), zero)
     return dq, dk.astype(p.k.dtype), dv.astype(p.v.dtype)
 
 
@@ -233,6 +259,33 @@ def test_float32_model_blocks_and_chips(terms, causal):
     assert same(found, model(p))
     assert same(found, p.backward(EDGE)[0])
     assert same(found, p.backward(EDGE, blocks=(32, 16))[0])
+
+
+@pytest.mark.parametrize(
+    ("terms", "dtype", "mask", "causal"), [(1, BF16, "bool", True), (3, F32, "none", False)]
+)
+def test_dropout_model_blocks_and_chips(terms, dtype, mask, causal):
+    p = problem(
+        b=2, h=4, g=2, q=37, s=50, d=32, dtype=dtype, terms=terms, causal=causal, dropout=0.3,
+        mask=a_mask(mask, (2, 1, 37, 50)),
+    )  # fmt: skip
+    found, _ = p.backward()
+    assert same(found, model(p))
+    assert same(found, p.backward(EDGE)[0])
+    assert same(found, p.backward(EDGE, blocks=(32, 16))[0])
+    assert same(p.forward(), p.forward(EDGE))
+    check(p)
+
+
+def test_dropout_drops_its_share_independently():
+    p = problem(b=2, h=4, q=64, s=256, dropout=0.1)
+    dropped = p.dropped().astype(float) - 0.1
+    deviation = (0.1 * 0.9 / dropped.size) ** 0.5
+    assert abs(dropped.mean()) < 4 * deviation
+    beside, below = dropped[..., 1:] * dropped[..., :-1], dropped[..., 1:, :] * dropped[..., :-1, :]
+    squares = beside[..., 1:, :] * beside[..., :-1, :]  # where seeds add up to the same sums
+    for product in (beside, below, dropped[:, 1:] * dropped[:, :-1], squares):
+        assert abs(product.mean()) < 4 * product.std() / product.size**0.5
 
 
 def test_cores_do_not_show():
@@ -282,11 +335,15 @@ def exact(p: Problem) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     scores = scores.masked_fill(~torch.from_numpy(p.visible()), -torch.inf)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
     weights = torch.where(nothing, 0.0, scores.masked_fill(nothing, 0.0).softmax(-1))
-    (weights @ values).backward(dout)
+    kept = weights
+    if p.dropout:
+        kept = weights.masked_fill(torch.from_numpy(p.dropped()), 0.0) / (1 - p.dropout)
+    (kept @ values).backward(dout)
     with torch.no_grad():
         inner = dout.abs() @ values.abs().transpose(-1, -2)
+        inner = inner / (1 - p.dropout)
         ds = weights * (inner + (weights * inner).sum(-1, keepdim=True)) * p.scale
-        sizes = ds @ keys.abs(), ds.transpose(-1, -2) @ q.abs(), weights.mT @ dout.abs()
+        sizes = ds @ keys.abs(), ds.transpose(-1, -2) @ q.abs(), kept.mT @ dout.abs()
     shared = [x.unflatten(1, (-1, groups)).sum(2) for x in sizes[1:]]
     gradients = tuple(x.grad.numpy() for x in (q, k, v))
     return gradients, (sizes[0].numpy(), *(x.numpy() for x in shared))

@@ -153,6 +153,41 @@ def test_no_keys_and_no_queries():
         assert all(not x.any() for x in found)
 
 
+def kept_weights(place, dropout, function=sdpa):
+    """The weights after dropout, with values that are the unit matrix; and their gradients."""
+    torch.manual_seed(3)
+    q, k, _, _ = operands(b=2, h=2, q=40, s=24, d=16)
+    values = torch.eye(24).expand(2, 2, 24, 24).contiguous()
+    weight = torch.randn(2, 2, 40, 24)
+    return gradients(function, (q, k, values), weight, place, dropout_p=dropout), weight
+
+
+def test_dropout():
+    """What is dropped is so in the backward pass as well, and the rest is scaled."""
+    (out, dq, dk, dv), weight = kept_weights(P, 0.25)
+    (full, *_), _ = kept_weights("cpu", 0.0)
+    dropped = out == 0
+    assert abs(float(dropped.double().mean()) - 0.25) < 0.03
+    torch.testing.assert_close(out, torch.where(dropped, 0.0, full / 0.75), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dv, out.mT @ weight, rtol=1e-5, atol=1e-5)
+
+    def with_known_drops(q, k, v, dropout_p):
+        weights = (q @ k.mT / 4).softmax(-1)
+        return torch.where(dropped, 0.0, weights / 0.75) @ v
+
+    (_, *expected), _ = kept_weights("cpu", 0.25, with_known_drops)
+    assert largest_error((dq, dk, dv), expected) < 1e-5
+
+
+def test_compiled_dropout():
+    compiled = torch.compile(sdpa, backend=P)
+    (out, _, _, dv), weight = kept_weights(P, 0.25, compiled)
+    assert abs(float((out == 0).double().mean()) - 0.25) < 0.03
+    torch.testing.assert_close(dv, out.mT @ weight, rtol=1e-5, atol=1e-5)
+    (again, *_), _ = kept_weights(P, 0.25, compiled)
+    assert torch.equal(out, again)  # the seed decides
+
+
 def test_lower_right_corner_in_transformers():
     q, k, v, weight = operands(h=4, g=2, q=5, s=9)
     module = SimpleNamespace(is_causal=True)

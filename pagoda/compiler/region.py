@@ -43,6 +43,13 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          visible to query q if s <= q, both counted from 0 (torch's upper left corner), or
 #          "lower right": if s <= q + S - Q, so that the last query sees all. A row that sees
 #          nothing is 0.
+# sdpa_training   sdpa, with statistics[b,h,q,2] (float32): what sdpa_backward needs to know about a
+#          row. Which two numbers is the kernel's business. With row_seeds[b,h,q] and
+#          column_seeds[b,s] (int32) softmax weights are dropped with probability `dropout`, the
+#          others divided by 1 - dropout; which ones, the seeds alone decide.
+# sdpa_backward   the gradients of sdpa_training for that of its result, dout: dk and dv as given;
+#          dq is float32 and still lacks the factor `scale`. delta[b,h,q] (float32) is the sum of
+#          dout * out over d.
 # convolution   out[n,o,y,x] = bias[o] + sum over ky, kx, c of w[o,c,ky,kx]
 #          * x[n, c, y stride_h + ky dilation_h - pad_h, x stride_w + kx dilation_w - pad_w]
 #          in torch's order of dimensions, zeros outside; group g of `groups` takes its share of the
@@ -62,10 +69,14 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups"),
     ),
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
-    "sdpa_training": (("out", "statistics", "q", "k", "v", "mask?"), ("causal", "scale")),
+    "sdpa_training": (
+        ("out", "statistics", "q", "k", "v", "mask?", "row_seeds?", "column_seeds?"),
+        ("causal", "scale", "dropout"),
+    ),
     "sdpa_backward": (
-        ("dq", "dk", "dv", "dout", "q", "k", "v", "statistics", "delta", "mask?"),
-        ("causal", "scale"),
+        ("dq", "dk", "dv", "dout", "q", "k", "v", "statistics", "delta",
+         "mask?", "row_seeds?", "column_seeds?"),
+        ("causal", "scale", "dropout"),
     ),
 }
 OUTPUTS = {"sdpa_training": 2, "sdpa_backward": 3}

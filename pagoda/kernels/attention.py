@@ -19,6 +19,9 @@ Meaning. Keys are worked off in softmax blocks of SOFTMAX_BLOCK = 512 (online so
 With statistics, a row also leaves (m, log2(max(l, 1))), log2 by table: what the backward pass makes
 its weights of (`attention_backward`).
 
+With dropout p is 0 in p v where the weight is dropped, and 1 / max(l, 1) is multiplied by
+1 / (1 - probability) (`attention_dropout`).
+
 Here scale' = scale * log2(e). With a float mask t = fma(scale, q . k, mask) and exp2(x) becomes
 exp2(x * log2(e)), so that masks of -FLT_MAX keep their meaning. l >= 1 unless a row sees nothing.
 
@@ -78,6 +81,7 @@ from pagoda.kernels.attention_blocks import (
     AttentionBlocks,
     float32_keys,
 )
+from pagoda.kernels.attention_dropout import Dropout, kept
 from pagoda.kernels.float32 import products, split_terms
 
 LOG2_E = math.log2(math.e)
@@ -94,21 +98,23 @@ def attention_kernel(
     *,
     value_dim: int | None = None,
     statistics: bool = False,
+    dropout: bool = False,
 ) -> Kernel:
     """The kernel for tensors of `dtype` (BF16 or F32), out included.
 
     mask: None, BOOL, F32 or BF16. terms: 1; for F32 also 2 or 3. Tensors, in order: out[b,h,i,e],
     with `statistics` also statistics[b,h,i,2] (F32), q[b,h,i,d], k[b,g,s,d], v[b,g,s,e] with
     run-time strides except along the last dimension, which is contiguous; mask[b,h,i,s] with any
-    strides (0 where it is broadcast). Scalars: `SCALARS`, and `offset` if causal;
-    `attention_call.attention_arguments` gives them.
+    strides (0 where it is broadcast); with `dropout` those of `Dropout`. Scalars: `SCALARS`,
+    `offset` if causal, and `Dropout`'s; `attention_call.attention_arguments` gives them.
     """
     assert dtype in (DType.BF16, DType.F32) and mask in (None, DType.BOOL, DType.F32, DType.BF16)
     assert 1 <= terms <= (3 if dtype is DType.F32 else 1)
     assert SOFTMAX_BLOCK % blocks.span == blocks.span % blocks.keys == blocks.span % SPAN_UNIT == 0
     width = value_dim or head_dim
     assert terms == 1 or blocks.keys == float32_keys(max(head_dim, width)), blocks
-    return _Attention(dtype, head_dim, width, causal, mask, terms, blocks, statistics).build()
+    options = statistics, dropout
+    return _Attention(dtype, head_dim, width, causal, mask, terms, blocks, *options).build()
 
 
 SCALARS = (
@@ -153,12 +159,13 @@ class _Attention:
         terms: int,
         blocks: AttentionBlocks,
         statistics: bool,
+        dropout: bool,
     ):
         self.dtype, self.head_dim, self.value_dim = dtype, head_dim, value_dim
         self.causal, self.mask_dtype, self.terms, self.blocks = causal, mask, terms, blocks
         self.added = mask in (DType.F32, DType.BF16)  # the mask, to the scores
         kinds = ("_causal" * causal, f"_{mask.name.lower()}_mask" if mask is not None else "")
-        kinds += ("_statistics" * statistics,)
+        kinds += ("_statistics" * statistics, "_dropout" * dropout)
         b = KernelBuilder(f"attention_{dtype.name.lower()}_{head_dim}{''.join(kinds)}")
         for name in ("rows", "span", "keys"):
             b.block(name, getattr(blocks, name))
@@ -174,6 +181,7 @@ class _Attention:
         self.mask = b.tensor("mask", mask, 4) if mask is not None else None
         self.scalars = {name: b.scalar(name) for name in SCALARS}
         self.offset: Scalar = b.scalar("offset") if causal else ZERO
+        self.dropout = Dropout(b) if dropout else None
 
     def _tensor(self, name: str, width: int) -> TensorHandle:
         return row_tensor(self.b, name, self.dtype, width)
@@ -276,6 +284,9 @@ class _Attention:
         maxima = b.tile(DType.F32, most, 2, name="maxima")  # of this block and the one before
         scores = b.tile(DType.F32, most, SOFTMAX_BLOCK, name="scores")
         limits = self._limits(unit) if self.causal else None
+        if self.dropout is not None:
+            place = unit.batch, unit.head, unit.query
+            self.row_seeds = self.dropout.load_rows(most, place, unit.queries, unit.heads)
         parity = b.fresh("parity")
         b.emit(Let(parity, ZERO))
         with b.loop("block", 0, maximum(unit.seen, 1), SOFTMAX_BLOCK) as block:
@@ -514,6 +525,12 @@ class _Attention:
             power = Read(scores)
         b.elementwise(summed, apply("exp2", power), unit.rows, count)
         self._fold("fadd", sum_state, summed.view(), unit.rows, count, first.eq(0))
+        if self.dropout is not None:
+            columns = self.blocks.span
+            dropped = self.dropout.choose(
+                self.row_seeds, unit.batch, first, unit.rows, count, columns
+            )
+            b.elementwise(summed, kept(dropped, Read(summed.view())), unit.rows, count)
         if self.terms == 1:
             return [summed]
         terms = self._term_tiles("weights", *shape)
@@ -554,6 +571,8 @@ class _Attention:
         # The table's 2 ulp are far below bf16, and it takes a quarter of a division's time.
         exact = self.dtype is DType.F32
         inverse = apply("fdiv", splat(1.0), positive) if exact else apply("recip", positive)
+        if self.dropout is not None:
+            inverse = apply("fmul", inverse, self.dropout.scale())
         b.elementwise(total, inverse, unit.rows)
 
     def _write(self, unit: _Unit, half: Scalar) -> None:

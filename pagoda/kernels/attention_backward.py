@@ -17,11 +17,14 @@ Meaning.
     p = exp2((t - m) - log2 l)        float32, one rounding per operation
     dp                                float32; the dot adds e = 0, 1, ... in order
     ds = (dp - delta) * p             float32
-    dv += bf16(p) dout                adds h, then i, in order
+    dv += bf16(p) dout                adds h, then i, in order; at the end dv = acc + 0, rounded
     dk += bf16(ds) q                  the same; at the end dk = acc * scale + 0, rounded
     dq += bf16(ds) k                  adds s = 0, 1, ... in order; dq = acc + 0
 
 With a float mask t = fma(scale, q . k, mask) and p = exp2((t - m) * log2(e) - log2 l).
+
+With dropout, where c = 1 / (1 - probability): ds = (dp * c - delta) * p, with 0 for a dropped dp;
+in dv a dropped p is 0, and dv = acc * c + 0 (`attention_dropout`).
 
 float32 tensors: `terms` = 1 rounds q, k, v and dout to bf16; 2 or 3 split all operands of matrix
 products, p and ds included, into that many bf16 terms (see `float32`). The products of all terms of
@@ -69,6 +72,7 @@ from pagoda.compiler.tile_ir import (
 from pagoda.isa.numbers import DType
 from pagoda.kernels.attention import LOG2_E, hide, row_tensor
 from pagoda.kernels.attention_backward_blocks import BackwardBlocks, float32_run
+from pagoda.kernels.attention_dropout import Dropout, kept
 from pagoda.kernels.float32 import products, split_terms
 
 LOADED_PARTS = 3
@@ -84,6 +88,8 @@ def attention_backward_kernel(
     mask: DType | None,
     terms: int,
     blocks: BackwardBlocks,
+    *,
+    dropout: bool = False,
 ) -> Kernel:
     """The kernel for tensors of `dtype` (BF16 or F32).
 
@@ -91,14 +97,14 @@ def attention_backward_kernel(
     (F32), dk[b,g,s,d], dv[b,g,s,e], dout[b,h,i,e], q[b,h,i,d], k[b,g,s,d], v[b,g,s,e],
     statistics[b,h,i,2] (F32) with run-time strides except along the last dimension, which is
     contiguous; delta[b,h,i] (F32) and mask[b,h,i,s] with any strides. Scalars: the float32 bits of
-    `score_scale` (scale' above) and of `scale`, `heads_per_group` = H / G, and `offset` if causal.
-    Without queries or without keys nothing is written.
+    `score_scale` (scale' above) and of `scale`, `heads_per_group` = H / G, and `offset` if causal;
+    with `dropout` the tensors and scalars of `Dropout`. Without queries or keys nothing is written.
     """
     assert dtype in (DType.BF16, DType.F32) and mask in (None, DType.BOOL, DType.F32, DType.BF16)
     assert 1 <= terms <= (3 if dtype is DType.F32 else 1)
     run = float32_run(max(head_dim, value_dim))
     assert terms == 1 or blocks.rows % run == blocks.keys % run == 0, blocks
-    return _Backward(dtype, head_dim, value_dim, causal, mask, terms, blocks).build()
+    return _Backward(dtype, head_dim, value_dim, causal, mask, terms, blocks, dropout).build()
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,14 @@ class _Backward:
         mask: DType | None,
         terms: int,
         blocks: BackwardBlocks,
+        dropout: bool,
     ):
         self.dtype, self.head_dim, self.value_dim = dtype, head_dim, value_dim
         self.causal, self.mask_dtype, self.terms, self.blocks = causal, mask, terms, blocks
         self.run = float32_run(max(head_dim, value_dim))
         self.ahead = terms == 1
         kinds = ("_causal" * causal, f"_{mask.name.lower()}_mask" if mask is not None else "")
+        kinds += ("_dropout" * dropout,)
         name = f"attention_backward_{dtype.name.lower()}_{head_dim}{''.join(kinds)}"
         self.b = b = KernelBuilder(name)
         for block in ("rows", "keys"):
@@ -156,6 +164,7 @@ class _Backward:
         self.score_scale, self.scale = b.scalar("score_scale"), b.scalar("scale")
         self.heads_per_group = b.scalar("heads_per_group")
         self.offset: Scalar = b.scalar("offset") if causal else ZERO
+        self.dropout = Dropout(b) if dropout else None
 
     def build(self) -> Kernel:
         b, rows, keys = self.b, self.blocks.rows, self.blocks.keys
@@ -348,15 +357,27 @@ class _Backward:
         self._power(step, p, pair)
         power = apply("fsub", Read(p.view()), Column(pair.view(0, 1)))
         b.elementwise(p, apply("exp2", power), *shape)
-        inner = apply("fsub", Read(self.dp.view()), Column(delta.view()))
+        dp, weights = Read(self.dp.view()), Read(p.view())
+        if self.dropout is not None:
+            place = step.batch, step.head, step.query
+            seeds = self.dropout.load_rows(most, place, step.rows)
+            dropped = self.dropout.choose(
+                seeds, step.batch, step.key, step.rows, step.keys, self.blocks.keys
+            )
+            b.elementwise(self.dp, kept(dropped, dp), *shape)
+            dp = apply("fmul", dp, self.dropout.scale())
+            weights = kept(dropped, weights)
+        inner = apply("fsub", dp, Column(delta.view()))
         ds = apply("fmul", inner, Read(p.view()))
         if self.terms == 1:
             (p_view,), (ds_view,) = self._weight_views(step)
-            b.elementwise(p_view, Read(p.view()), *shape)
+            b.elementwise(p_view, weights, *shape)
             b.elementwise(ds_view, ds, *shape)
             return
         whole = b.tile(DType.F32, most, self.blocks.keys, name="ds_float", buffers=1)
         b.elementwise(whole, ds, *shape)
+        if self.dropout is not None:
+            b.elementwise(p, weights, *shape)
         split_terms(b, p, self.p_terms, *shape)
         split_terms(b, whole, self.ds_terms, *shape)
 
@@ -440,7 +461,7 @@ class _Backward:
         """dk and dv of a step's keys."""
         b, where = self.b, (step.batch, step.group, step.key)
         for tensor, total, scale in (
-            (self.dv, self.dv_sum, splat(1.0)),
+            (self.dv, self.dv_sum, splat(1.0) if self.dropout is None else self.dropout.scale()),
             (self.dk, self.dk_sum, splat(self.scale, "float")),
         ):
             rounded = b.tile(self.dtype, self.blocks.keys, total.cols, name="rounded")

@@ -33,7 +33,13 @@ def float32_run(width: int) -> int:
 
 
 def choose_backward_blocks(
-    chip: Chip, head_dim: int, value_dim: int, *, mask: DType | None = None, terms: int = 1
+    chip: Chip,
+    head_dim: int,
+    value_dim: int,
+    *,
+    mask: DType | None = None,
+    terms: int = 1,
+    dropout: bool = False,
 ) -> BackwardBlocks:
     """The blocks for a chip: of those that fit the ones with the fewest cycles per score, the
     smaller ones among equals. Raises CompileError for a chip without bf16 products or with too
@@ -49,7 +55,7 @@ def choose_backward_blocks(
     fitting = []
     for rows, keys in product(sizes, sizes):
         blocks = BackwardBlocks(rows, keys)
-        sram, acc = memory_bytes(blocks, head_dim, value_dim, mask, terms)
+        sram, acc = memory_bytes(blocks, head_dim, value_dim, mask, terms, dropout)
         if sram <= (high - low) * 15 // 16 and acc <= chip.acc_bytes:
             fitting.append(blocks)
     if not fitting:
@@ -106,7 +112,12 @@ def cycles_per_score(
 
 
 def memory_bytes(
-    blocks: BackwardBlocks, head_dim: int, value_dim: int, mask: DType | None, terms: int
+    blocks: BackwardBlocks,
+    head_dim: int,
+    value_dim: int,
+    mask: DType | None,
+    terms: int,
+    dropout: bool = False,
 ) -> tuple[int, int]:
     """About how many bytes of SRAM and of ACC the kernel's tiles take, with one buffer of each
     but those that hold several steps."""
@@ -115,6 +126,7 @@ def memory_bytes(
     sram = 2 * loaded * (rows + keys) * both + 4 * made * rows * keys
     sram += 4 * rows * keys + 8 * rows * head_dim + 64 * rows  # p, dq as it comes and goes
     sram += keys * both * (2 if terms == 1 else 4)  # dk and dv rounded
+    sram += 4 * rows * keys * dropout
     sram += rows * keys  # which keys of the diagonal a row sees
     if mask is not None:
         sram += 2 * rows * keys * mask.bits // 8

@@ -12,6 +12,7 @@ from pagoda.kernels.attention_backward import attention_backward_kernel
 from pagoda.kernels.attention_backward_blocks import choose_backward_blocks
 from pagoda.kernels.attention_call import (
     causal_offset,
+    dropout_scalars,
     extent,
     float_bits,
     is_causal,
@@ -28,9 +29,12 @@ def attention_backward_for(call: KernelCall, chip: Chip) -> Kernel:
     dtype, kind, terms = operand_types(call, ("q", "k", "v", "dout", "dk", "dv"))
     views = named_arguments(call)
     head_dim, value_dim = extent(views["q"], "q"), extent(views["v"], "v")
-    blocks = choose_backward_blocks(chip, head_dim, value_dim, mask=kind, terms=terms)
+    dropout = "row_seeds" in views
+    blocks = choose_backward_blocks(
+        chip, head_dim, value_dim, mask=kind, terms=terms, dropout=dropout
+    )
     return attention_backward_kernel(
-        dtype, head_dim, value_dim, is_causal(call), kind, terms, blocks
+        dtype, head_dim, value_dim, is_causal(call), kind, terms, blocks, dropout=dropout
     )
 
 
@@ -40,7 +44,7 @@ def attention_backward_arguments(call: KernelCall) -> tuple[dict[str, View], dic
     views = named_arguments(call)
     spread_mask(views)
     # The last stride is fixed in the kernel; of one element it does not matter.
-    for name in views.keys() - {"mask", "delta"}:
+    for name in views.keys() - {"mask", "delta", "row_seeds", "column_seeds"}:
         view = views[name]
         views[name] = replace(view, strides=(*view.strides[:3], Const(1)))
     assert isinstance(call.kernel, LibraryCall)
@@ -51,4 +55,4 @@ def attention_backward_arguments(call: KernelCall) -> tuple[dict[str, View], dic
     }
     if is_causal(call):
         scalars["offset"] = causal_offset(call)
-    return views, scalars
+    return views, scalars | dropout_scalars(call)

@@ -13,6 +13,7 @@ from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
 from pagoda.kernels.attention import LOG2_E, attention_kernel
 from pagoda.kernels.attention_blocks import AttentionBlocks, choose_blocks
+from pagoda.kernels.attention_dropout import dropout_threshold
 from pagoda.kernels.float32 import TERMS
 
 _DTYPES = {"bfloat16": DType.BF16, "float32": DType.F32}
@@ -29,10 +30,13 @@ def attention_for(call: KernelCall, chip: Chip) -> tuple[Kernel, AttentionBlocks
     views = named_arguments(call)
     dtype, kind, terms = operand_types(call, ("q", "k", "v", "out"))
     head_dim, value_dim = extent(views["q"], "q"), extent(views["v"], "v")
-    blocks = choose_blocks(chip, head_dim, value_dim=value_dim, mask=kind, terms=terms)
+    blocks = choose_blocks(
+        chip, head_dim, value_dim=value_dim, mask=kind, terms=terms, dropout="row_seeds" in views
+    )
     kernel = attention_kernel(
         dtype, head_dim, is_causal(call), kind, terms, blocks,
         value_dim=value_dim, statistics="statistics" in views,
+        dropout="row_seeds" in views,
     )  # fmt: skip
     return kernel, blocks
 
@@ -51,7 +55,7 @@ def attention_arguments(
     q, k = views["q"], views["k"]
     spread_mask(views)
     # The last stride is fixed in the kernel; of one element it does not matter.
-    for name in views.keys() - {"mask"}:
+    for name in views.keys() - {"mask", "row_seeds", "column_seeds"}:
         view = views[name]
         views[name] = replace(view, strides=(*view.strides[:3], Const(1)))
     batches, heads, queries = q.sizes[:3]
@@ -75,7 +79,19 @@ def attention_arguments(
     }
     if is_causal(call):
         scalars["offset"] = expr(offset)
-    return views, scalars
+    return views, scalars | dropout_scalars(call)
+
+
+def dropout_scalars(call: KernelCall) -> dict[str, Expr]:
+    """The scalars of `Dropout`, for a call that has any."""
+    if "row_seeds" not in named_arguments(call):
+        return {}
+    assert isinstance(call.kernel, LibraryCall)
+    probability = float(call.kernel.attribute("dropout"))
+    return {
+        "threshold": Const(dropout_threshold(probability)),
+        "kept_scale": Const(float_bits(1 / (1 - probability))),
+    }
 
 
 def named_arguments(call: KernelCall) -> dict[str, View]:

@@ -2,9 +2,9 @@
 
 `scaled_dot_product_attention` would be decomposed by torch into many operations; it is kept as one:
 `pagoda::sdpa`, or for training `pagoda::sdpa_training`, whose gradients are one operation as well,
-`pagoda::sdpa_backward`. Neither stores anything of the size of the scores. Only two kinds of
-training do: attention with dropout, and with a float mask that wants a gradient; these are composed
-of matrix products and pointwise operations.
+`pagoda::sdpa_backward`. Neither stores anything of the size of the scores, dropout or not. Only
+attention with a float mask that wants a gradient does: that gradient is as large itself, and all of
+them are composed of matrix products and pointwise operations then.
 
 On the CPU the operations compute what the kernels mean, for tests.
 """
@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 
+from pagoda.kernels.attention_dropout import FIRST, SECOND, SHIFT, dropout_threshold
+
 SCHEMAS = {
     "pagoda::sdpa": ("q", "k", "v", "mask"),
-    "pagoda::sdpa_training": ("q", "k", "v", "mask"),
-    "pagoda::sdpa_backward": ("dout", "q", "k", "v", "statistics", "delta", "mask"),
-}
-"""The tensors that each operation takes; then follow causal, scale and lower_right."""
+    "pagoda::sdpa_training": ("q", "k", "v", "mask", "row_seeds", "column_seeds"),
+    "pagoda::sdpa_backward": (
+        "dout", "q", "k", "v", "statistics", "delta", "mask", "row_seeds", "column_seeds",
+    ),
+}  # fmt: skip
+"""The tensors that each operation takes; then follow causal, scale, lower_right and dropout."""
 
 _LOG2_E = math.log2(math.e)
 _TAGS = (torch.Tag.flexible_layout,)
@@ -35,15 +39,24 @@ def attend(
     causal: bool,
     scale: float,
     lower_right: bool = False,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """q [b, h, m, d], k [b, g, n, d], v [b, g, n, e], mask broadcast to [b, h, m, n]; gives
     [b, h, m, e]. Query head h uses key/value head h // (h_count // g_count). lower_right: causal,
-    and the last query sees all keys (torch's `is_causal` lets the first query see the first)."""
-    arguments = q, k, v, mask, causal, scale, lower_right
+    and the last query sees all keys (torch's `is_causal` lets the first query see the first).
+    dropout: the probability with which a weight is dropped, below 1; then the mask has no
+    gradient."""
+    meaning = causal, scale, lower_right
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if wanted and (mask is None or not mask.requires_grad):
-        return torch.ops.pagoda.sdpa_training(*arguments)[0]
-    return torch.ops.pagoda.sdpa(*arguments)
+    if not dropout and (not wanted or (mask is not None and mask.requires_grad)):
+        return torch.ops.pagoda.sdpa(q, k, v, mask, *meaning)
+    seeds = None, None
+    if dropout:
+        shapes = q.shape[:3], (k.shape[0], k.shape[2])
+        seeds = (
+            torch.randint(2**31 - 1, shape, dtype=torch.int32, device=q.device) for shape in shapes
+        )
+    return torch.ops.pagoda.sdpa_training(q, k, v, mask, *seeds, *meaning, dropout)[0]
 
 
 # Operations --------------------------------------------------------------------------------------
@@ -60,7 +73,7 @@ def sdpa(
     lower_right: bool = False,
 ) -> torch.Tensor:
     """See `attend`. Its gradients are composed, and store weights: `sdpa_training` is better."""
-    return sdpa_training(q, k, v, mask, causal, scale, lower_right)[0]
+    return sdpa_training(q, k, v, mask, None, None, causal, scale, lower_right)[0]
 
 
 @torch.library.custom_op("pagoda::sdpa_training", mutates_args=(), device_types="cpu", tags=_TAGS)
@@ -69,18 +82,23 @@ def sdpa_training(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    row_seeds: torch.Tensor | None,
+    column_seeds: torch.Tensor | None,
     causal: bool,
     scale: float,
     lower_right: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sdpa`, and statistics float32 [b, h, m, 2]: a row's largest score and the base-2 logarithm
-    of the sum of its weights (`kernels.attention`)."""
+    of the sum of its weights (`kernels.attention`). row_seeds int32 [b, h, m] and column_seeds
+    int32 [b, n] say which weights are dropped (`kernels.attention_dropout`)."""
     scores = _scores(q, k, mask, causal, scale, lower_right)
     largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = torch.exp(scores - largest)
     total = weights.sum(-1, keepdim=True).clamp(min=1)
     out = _empty_result(q, v)
-    out.copy_(_spread(_grouped(weights / total, k) @ v.float(), q))
+    shares = _kept(weights / total, row_seeds, column_seeds, dropout)
+    out.copy_(_spread(_grouped(shares, k) @ v.float(), q))
     return out, torch.cat((largest * _unit(mask), total.log2()), -1)
 
 
@@ -93,9 +111,12 @@ def sdpa_backward(
     statistics: torch.Tensor,
     delta: torch.Tensor,
     mask: torch.Tensor | None,
+    row_seeds: torch.Tensor | None,
+    column_seeds: torch.Tensor | None,
     causal: bool,
     scale: float,
     lower_right: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv for the gradient dout of the result; delta float32 [b, h, m] is the sum of
     dout * out over a row. dq is float32 and lacks the factor `scale`."""
@@ -103,10 +124,12 @@ def sdpa_backward(
     largest, logarithm = statistics.split(1, -1)
     weights = torch.exp2((scores - largest / _unit(mask)) * _LOG2_E - logarithm)
     inner = _spread(_grouped(dout.float(), k) @ v.float().mT, q)
+    inner = _kept(inner, row_seeds, column_seeds, dropout)
     ds = _grouped((inner - delta[..., None]) * weights, k)
     dq, dk, dv = _empty_gradients(q, k, v)
     dq.copy_(_spread(ds @ k.float(), q))
     dk.copy_(ds.mT @ _grouped(q.float(), k) * scale)
+    weights = _kept(weights, row_seeds, column_seeds, dropout)
     dv.copy_(_grouped(weights, k).mT @ _grouped(dout.float(), k))
     return dq, dk, dv
 
@@ -134,13 +157,14 @@ def _(q, k, v, mask, causal, scale, lower_right=False):
 
 
 @sdpa_training.register_fake
-def _(q, k, v, mask, causal, scale, lower_right=False):
+def _(q, k, v, mask, row_seeds, column_seeds, causal, scale, lower_right=False, dropout=0.0):
     torch._check(k.shape[2] == v.shape[2])
     return _empty_result(q, v), q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
 
 
 @sdpa_backward.register_fake
-def _(dout, q, k, v, statistics, delta, mask, causal, scale, lower_right=False):
+def _(dout, q, k, v, statistics, delta, mask, row_seeds, column_seeds, causal, scale,
+      lower_right=False, dropout=0.0):  # fmt: skip
     return tuple(_empty_gradients(q, k, v))
 
 
@@ -148,6 +172,20 @@ def _unit(mask: torch.Tensor | None) -> float:
     """What a score is multiplied by in the statistics: weights are powers of two, or of e if there
     is a float mask."""
     return _LOG2_E if mask is None or mask.dtype == torch.bool else 1.0
+
+
+def _kept(
+    x: torch.Tensor,
+    row_seeds: torch.Tensor | None,
+    column_seeds: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """x [b, h, m, n] after dropout."""
+    if row_seeds is None or column_seeds is None:
+        return x
+    z = (row_seeds.long()[..., None] + column_seeds.long()[:, None, None]) * FIRST & 0xFFFFFFFF
+    z = ((z ^ z >> SHIFT) * SECOND).to(torch.int32)
+    return torch.where(z < dropout_threshold(dropout), 0.0, x) / (1 - dropout)
 
 
 def _grouped(t: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -187,23 +225,22 @@ def _scores(
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, mask, *ctx.meaning = inputs
-    ctx.save_for_backward(q, k, v, mask, *output)
+    q, k, v, mask, row_seeds, column_seeds, *ctx.meaning = inputs
+    ctx.save_for_backward(q, k, v, mask, row_seeds, column_seeds, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: torch.Tensor, _: None) -> tuple:
-    q, k, v, mask, out, statistics = ctx.saved_tensors
+    q, k, v, mask, row_seeds, column_seeds, out, statistics = ctx.saved_tensors
     if 0 in (q.shape[2], k.shape[2]):
-        return _no_gradients(q, k, v, None)
+        return *_zeros(q, k, v), *(None,) * 7
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta = (dout.float() * out.float()).sum(-1)
     dq, dk, dv = torch.ops.pagoda.sdpa_backward(
-        dout, q, k, v, statistics, delta, mask, *ctx.meaning
+        dout, q, k, v, statistics, delta, mask, row_seeds, column_seeds, *ctx.meaning
     )
-    scale = ctx.meaning[1]
-    return (dq * scale).to(q.dtype), dk, dv, None, None, None, None
+    return (dq * ctx.meaning[1]).to(q.dtype), dk, dv, *(None,) * 7
 
 
 def _keep_inputs(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -216,7 +253,7 @@ def _composed_gradients(ctx: Any, dout: torch.Tensor) -> tuple:
     float32."""
     q, k, v, mask = ctx.saved_tensors
     if 0 in (q.shape[2], k.shape[2]):
-        return _no_gradients(q, k, v, mask)
+        return *_zeros(q, k, v, mask), None, None, None
     scale = ctx.meaning[1]
     scores = _scores(q, k, mask, *ctx.meaning)
     # A row that sees nothing has weights 0, as in the forward pass.
@@ -235,9 +272,9 @@ def _composed_gradients(ctx: Any, dout: torch.Tensor) -> tuple:
     return dq, dk, dv, dmask, None, None, None
 
 
-def _no_gradients(*tensors: torch.Tensor | None) -> tuple:
-    """Of a call without queries or without keys."""
-    return *(None if t is None else torch.zeros_like(t) for t in tensors), None, None, None
+def _zeros(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The gradients of a call without queries or without keys."""
+    return [None if t is None else torch.zeros_like(t) for t in tensors]
 
 
 sdpa.register_autograd(_composed_gradients, setup_context=_keep_inputs)
@@ -258,8 +295,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    if dropout_p:
-        return _attention_with_dropout(
+    if dropout_p == 1 or (dropout_p and attn_mask is not None and attn_mask.requires_grad):
+        return _composed_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     if query.dim() != 4:
@@ -268,20 +305,19 @@ def _attention(
         mask = None
         if attn_mask is not None:
             mask = _four(attn_mask.expand(*query.shape[:-1], key.shape[-2]), lead)
-        out = _attention(*flat, mask, 0.0, is_causal, scale=scale)
+        out = _attention(*flat, mask, dropout_p, is_causal, scale=scale)
         return out.reshape(*query.shape[:-1], value.shape[-1])
     if attn_mask is not None:
         while attn_mask.dim() < 4:
             attn_mask = attn_mask.unsqueeze(0)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return attend(query, key, value, attn_mask, is_causal, scale)
+    return attend(query, key, value, attn_mask, is_causal, scale, dropout=dropout_p)
 
 
-def _attention_with_dropout(
+def _composed_attention(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
 ) -> torch.Tensor:
-    """Attention one operation after another: the kernel has no dropout, and this is for training
-    only."""
+    """Attention with dropout one operation after another."""
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))

@@ -24,10 +24,15 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
         return name, (("alpha", alpha), ("beta", beta)), list(node.inputs)
     if name in SCHEMAS:
         args, kwargs = node.unflatten_args(node.inputs, node.constant_args)
-        names = (*SCHEMAS[name], "causal", "scale", "lower_right")
+        names = (*SCHEMAS[name], "causal", "scale", "lower_right", "dropout")
         bound = dict(zip(names, args, strict=False)) | kwargs
         causal = "lower right" if bound.get("lower_right") else bool(bound["causal"])
-        attributes = (("causal", causal), ("scale", float(bound["scale"])))
+        attributes: tuple[tuple[str, Any], ...] = (
+            ("causal", causal),
+            ("scale", float(bound["scale"])),
+        )
+        if name != "pagoda::sdpa":
+            attributes += (("dropout", float(bound.get("dropout", 0.0))),)
         tensors = [bound.get(tensor) for tensor in SCHEMAS[name]]
         return name.removeprefix("pagoda::"), attributes, tensors
     raise Unsupported(
