@@ -57,35 +57,28 @@ class HostExecutor:
         _library(step, *args)
 
 
-def _library(step: KernelCall, out: torch.Tensor, *args: torch.Tensor | None) -> None:
+def _library(step: KernelCall, *tensors: torch.Tensor | None) -> None:
     attributes = dict(step.kernel.attributes)
+    outs, args = tensors[: step.kernel.outputs], tensors[step.kernel.outputs :]
     match step.kernel.name:
         case "copy":
-            out.copy_(args[0])
+            results = args
         case "mm" | "bmm":
-            out.copy_(torch.matmul(args[0].float(), args[1].float()))
+            results = (torch.matmul(args[0].float(), args[1].float()),)
         case "addmm":
             bias, a, b = (t.float() for t in args)
-            out.copy_(torch.addmm(bias, a, b, **attributes))
-        case "sdpa":
-            q, k, v, mask = args
-            groups = q.shape[1] // k.shape[1]
+            results = (torch.addmm(bias, a, b, **attributes),)
+        case "sdpa" | "sdpa_training" | "sdpa_backward" as name:
+            wide = [t.float() if t is not None and t.is_floating_point() else t for t in args]
             causal = attributes["causal"]
-            if causal == "lower right":
-                shape = (q.shape[2], k.shape[2])
-                mask = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
-            out.copy_(
-                torch.nn.functional.scaled_dot_product_attention(
-                    q.float(),
-                    k.float().repeat_interleave(groups, 1),
-                    v.float().repeat_interleave(groups, 1),
-                    attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.float(),
-                    is_causal=causal is True,
-                    scale=attributes["scale"],
-                )
-            )
+            meaning = [bool(causal), attributes["scale"], causal == "lower right"]
+            meaning += [attributes["dropout"]] if name != "sdpa" else []
+            results = getattr(torch.ops.pagoda, name)(*wide, *meaning)
+            results = (results,) if name == "sdpa" else results
         case name:
             raise AssertionError(name)
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result)
 
 
 def _bytes(arg: TensorArg) -> np.ndarray:

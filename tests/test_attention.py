@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
 from itertools import product
-from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from attention_support import (
+    BF16,
+    CAR,
+    CODES,
+    EDGE,
+    F32,
+    TINY,
+    bits,
+    bool_mask,
+    compiled_once,
+    library_call,
+    tensors,
+    windowed,
+)
 from compiler_support import run_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda.compiler.codegen import Blob
-from pagoda.compiler.compile import compile_kernel
 from pagoda.compiler.errors import CompileError
 from pagoda.compiler.index_expr import Const, Symbol
-from pagoda.compiler.region import KernelCall, LibraryCall, View
-from pagoda.compiler.tile_ir import Kernel
-from pagoda.isa.chip import PRESETS, Chip
+from pagoda.isa.chip import PRESETS
 from pagoda.isa.definition import Definition
 from pagoda.isa.machine import Machine, Result
-from pagoda.isa.numbers import DType
 from pagoda.kernels.attention import attention_kernel
 from pagoda.kernels.attention_blocks import (
     SOFTMAX_BLOCK,
@@ -36,58 +42,11 @@ from pagoda.kernels.attention_blocks import (
 from pagoda.kernels.attention_call import attention_arguments, attention_for
 from pagoda.sim.machine import Simulator
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F32 = np.dtype(np.float32)
-TINY, EDGE = PRESETS["tiny"], PRESETS["edge"]
-CAR = replace(PRESETS["car"], dram_bytes=1 << 26)
-NAMES = {BF16: "bfloat16", F32: "float32", np.dtype(bool): "bool"}
-CODES = {BF16: DType.BF16, F32: DType.F32, np.dtype(bool): DType.BOOL}
-
-
-def view(buffer: int, array: np.ndarray) -> View:
-    item = array.itemsize
-    laid_out = array if array.size else np.empty(np.maximum(array.shape, 1), array.dtype)
-    strides = tuple(Const(stride // item) for stride in laid_out.strides)
-    return View(buffer, Const(0), tuple(map(Const, array.shape)), strides, NAMES[array.dtype])
-
-
-@cache
-def blob_of(kernel: Kernel, chip: Chip) -> Blob:
-    return compile_kernel(kernel, chip).blob()
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once():
-    """Many tests share a kernel; compiling takes longer than running."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "compiler_support.compile_kernel",
-            lambda kernel, chip: SimpleNamespace(blob=partial(blob_of, kernel, chip)),
-        )
+    with compiled_once():
         yield
-
-
-def sdpa_call(
-    out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None,
-    causal: bool, scale: float, terms: int,
-) -> KernelCall:  # fmt: skip
-    arrays = (out, q, k, v, mask)
-    args = tuple(None if a is None else view(n, a) for n, a in enumerate(arrays))
-    precision = ("medium", "high", "highest")[terms - 1]
-    kernel = LibraryCall("sdpa", (("causal", causal), ("scale", scale)), precision)
-    return KernelCall(kernel, args)
-
-
-def windowed(array: np.ndarray, found: View) -> np.ndarray:
-    """The view's elements, as a numpy view of the array that owns the memory."""
-    owner = array
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-    sizes = [int(size.evaluate({})) for size in found.sizes]
-    strides = [int(s.evaluate({})) * array.itemsize for s in found.strides]
-    memory = owner.reshape(-1, order="A").view(np.uint8)
-    return np.ndarray(sizes, array.dtype, memory, start, strides)
 
 
 def attend(
@@ -100,7 +59,7 @@ def attend(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if out is None:
         out = np.full((*q.shape[:3], v.shape[3]), 7, q.dtype)
-    call = sdpa_call(out, q, k, v, mask, causal, scale, terms)
+    call = library_call("sdpa", (out, q, k, v, mask), causal, scale, terms)
     kernel, chosen = attention_for(call, chip)
     if blocks is not None:
         kind = None if mask is None else CODES[mask.dtype]
@@ -150,16 +109,6 @@ def check(q, k, v, mask=None, *, terms=1, chip=TINY, blocks=None, **meaning):
     error = np.abs(found.astype(np.float64) - expected)
     assert np.all(error <= TOLERANCE[q.dtype, terms] * size + 1e-30), float(error.max())
     return found, result
-
-
-def tensors(b=1, h=1, g=1, q=1, s=1, d=16, e=None, dtype=BF16, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = ((b, h, q, d), (b, g, s, d), (b, g, s, e or d))
-    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def bits(array: np.ndarray) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
 
 
 # Shapes ------------------------------------------------------------------------------------------
@@ -253,10 +202,6 @@ def test_large_scores():
 
 
 # Masks -------------------------------------------------------------------------------------------
-
-
-def bool_mask(shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).random(shape) < 0.5
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5, 37), (1, 1, 5, 37), (2, 1, 1, 37), (1, 4, 5, 1)])
@@ -446,7 +391,7 @@ def test_head_dimension_must_be_a_small_number():
 def test_arguments_of_symbolic_sizes():
     """One kernel serves every length: the scalars are expressions over the region's symbols."""
     q, k, v = tensors(h=6, g=2, q=2, s=3)
-    call = sdpa_call(np.empty_like(q), q, k, v, None, True, 0.25, 1)
+    call = library_call("sdpa", (np.empty_like(q), q, k, v, None), True, 0.25, 1)
     length = Symbol("n")
     args = list(call.args)
     for number in (0, 1):
@@ -479,3 +424,15 @@ def test_cores_share_the_work():
     _, alone = check(q, k, v, chip=one)
     _, together = check(q, k, v, chip=CAR)
     assert together.cycles < alone.cycles / 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "masked", "least"), [(128, False, 0.85), (128, True, 0.75), (512, True, 0.8)]
+)
+def test_the_matrix_engine_is_busy(keys, masked, least):
+    """On `edge`, encoders: every query sees every key, or those that are no padding."""
+    q, k, v = tensors(h=8 if keys == 128 else 2, g=8 if keys == 128 else 2, q=keys, s=keys, d=64)
+    mask = np.arange(keys)[None, None, None] < keys - 5 if masked else None
+    _, result = check(q, k, v, mask, chip=EDGE)
+    work = 2 * 64 * q.shape[1] * keys * keys / (EDGE.rows * EDGE.cols)
+    assert work / result.cycles >= least, work / result.cycles

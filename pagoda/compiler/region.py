@@ -28,8 +28,9 @@ from typing import Literal, Protocol
 from pagoda.compiler.index_expr import Const, Expr
 from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 
-# Library kernels: name -> (argument names in order, attribute names). The output comes first; an
-# argument with "?" may be None. Shapes are the views' sizes, transposes are visible as strides.
+# Library kernels: name -> (argument names in order, attribute names). The output comes first (of
+# those in `OUTPUTS`, several); an argument with "?" may be None. Shapes are the views' sizes,
+# transposes are visible as strides.
 #
 # copy     out[...] = a[...]           same sizes, any strides; converts to out's type
 # mm       out[m,n] = a[m,k] b[k,n]
@@ -42,6 +43,13 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          visible to query q if s <= q, both counted from 0 (torch's upper left corner), or
 #          "lower right": if s <= q + S - Q, so that the last query sees all. A row that sees
 #          nothing is 0.
+# sdpa_training   sdpa, with statistics[b,h,q,2] (float32): what sdpa_backward needs to know about a
+#          row. Which two numbers is the kernel's business. With row_seeds[b,h,q] and
+#          column_seeds[b,s] (int32) softmax weights are dropped with probability `dropout`, the
+#          others divided by 1 - dropout; which ones, the seeds alone decide.
+# sdpa_backward   the gradients of sdpa_training for that of its result, dout: dk and dv as given;
+#          dq is float32 and still lacks the factor `scale`. delta[b,h,q] (float32) is the sum of
+#          dout * out over d.
 # convolution   out[n,o,y,x] = bias[o] + sum over ky, kx, c of w[o,c,ky,kx]
 #          * x[n, c, y stride_h + ky dilation_h - pad_h, x stride_w + kx dilation_w - pad_w]
 #          in torch's order of dimensions, zeros outside; group g of `groups` takes its share of the
@@ -61,7 +69,18 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups"),
     ),
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
+    "sdpa_training": (
+        ("out", "statistics", "q", "k", "v", "mask?", "row_seeds?", "column_seeds?"),
+        ("causal", "scale", "dropout"),
+    ),
+    "sdpa_backward": (
+        ("dq", "dk", "dv", "dout", "q", "k", "v", "statistics", "delta",
+         "mask?", "row_seeds?", "column_seeds?"),
+        ("causal", "scale", "dropout"),
+    ),
 }
+OUTPUTS = {"sdpa_training": 2, "sdpa_backward": 3}
+"""How many arguments are outputs, where it is not one."""
 
 Precision = Literal["highest", "high", "medium"]
 
@@ -81,6 +100,11 @@ class LibraryCall:
     def __post_init__(self) -> None:
         known = LIBRARY[self.name][1]
         assert tuple(name for name, _ in self.attributes) == known, (self, known)
+
+    @property
+    def outputs(self) -> int:
+        """How many of the arguments, the first ones, are written."""
+        return OUTPUTS.get(self.name, 1)
 
     def attribute(self, name: str) -> bool | int | float | str:
         return dict(self.attributes)[name]
@@ -145,14 +169,15 @@ class KernelCall:
     def writes(self) -> tuple[int, ...]:
         """Buffers this step writes."""
         if isinstance(self.kernel, LibraryCall):
-            return (self.args[0].buffer,)  # type: ignore[union-attr]
+            written = self.args[: self.kernel.outputs]
+            return tuple(a.buffer for a in written if a is not None)
         stored = dict.fromkeys(op.param for op in self.kernel.body if isinstance(op, Store))
         return tuple(self.args[p].buffer for p in stored)  # type: ignore[union-attr]
 
     def reads(self) -> tuple[int, ...]:
         """Buffers this step reads; one that is accumulated into counts as read."""
         if isinstance(self.kernel, LibraryCall):
-            return tuple(a.buffer for a in self.args[1:] if a is not None)
+            return tuple(a.buffer for a in self.args[self.kernel.outputs :] if a is not None)
         return tuple(
             arg.buffer
             for param, arg in zip(self.kernel.params, self.args, strict=True)

@@ -16,7 +16,13 @@ Meaning. Keys are worked off in softmax blocks of SOFTMAX_BLOCK = 512 (online so
     o = o * exp2(m_old - m) + p v        adds s = 0, 1, ... in order
     out = o * (1 / max(l, 1)) + 0        rounded to the type of out; 1 / l by table if that is bf16
 
-where scale' = scale * log2(e). With a float mask t = fma(scale, q . k, mask) and exp2(x) becomes
+With statistics, a row also leaves (m, log2(max(l, 1))), log2 by table: what the backward pass makes
+its weights of (`attention_backward`).
+
+With dropout p is 0 in p v where the weight is dropped, and 1 / max(l, 1) is multiplied by
+1 / (1 - probability) (`attention_dropout`).
+
+Here scale' = scale * log2(e). With a float mask t = fma(scale, q . k, mask) and exp2(x) becomes
 exp2(x * log2(e)), so that masks of -FLT_MAX keep their meaning. l >= 1 unless a row sees nothing.
 
 float32 tensors: `terms` = 1 rounds q, k, v to bf16; 2 or 3 split q, k, v and p into that many bf16
@@ -75,6 +81,7 @@ from pagoda.kernels.attention_blocks import (
     AttentionBlocks,
     float32_keys,
 )
+from pagoda.kernels.attention_dropout import Dropout, kept
 from pagoda.kernels.float32 import products, split_terms
 
 LOG2_E = math.log2(math.e)
@@ -90,20 +97,24 @@ def attention_kernel(
     blocks: AttentionBlocks,
     *,
     value_dim: int | None = None,
+    statistics: bool = False,
+    dropout: bool = False,
 ) -> Kernel:
     """The kernel for tensors of `dtype` (BF16 or F32), out included.
 
     mask: None, BOOL, F32 or BF16. terms: 1; for F32 also 2 or 3. Tensors, in order: out[b,h,i,e],
-    q[b,h,i,d], k[b,g,s,d], v[b,g,s,e] with run-time strides except along the head dimension, which
-    is contiguous; mask[b,h,i,s] with any strides (0 where it is broadcast). Scalars: `SCALARS`, and
-    `offset` if causal; `attention_call.attention_arguments` gives them.
+    with `statistics` also statistics[b,h,i,2] (F32), q[b,h,i,d], k[b,g,s,d], v[b,g,s,e] with
+    run-time strides except along the last dimension, which is contiguous; mask[b,h,i,s] with any
+    strides (0 where it is broadcast); with `dropout` those of `Dropout`. Scalars: `SCALARS`,
+    `offset` if causal, and `Dropout`'s; `attention_call.attention_arguments` gives them.
     """
     assert dtype in (DType.BF16, DType.F32) and mask in (None, DType.BOOL, DType.F32, DType.BF16)
     assert 1 <= terms <= (3 if dtype is DType.F32 else 1)
     assert SOFTMAX_BLOCK % blocks.span == blocks.span % blocks.keys == blocks.span % SPAN_UNIT == 0
     width = value_dim or head_dim
     assert terms == 1 or blocks.keys == float32_keys(max(head_dim, width)), blocks
-    return _Attention(dtype, head_dim, width, causal, mask, terms, blocks).build()
+    options = statistics, dropout
+    return _Attention(dtype, head_dim, width, causal, mask, terms, blocks, *options).build()
 
 
 SCALARS = (
@@ -147,26 +158,33 @@ class _Attention:
         mask: DType | None,
         terms: int,
         blocks: AttentionBlocks,
+        statistics: bool,
+        dropout: bool,
     ):
         self.dtype, self.head_dim, self.value_dim = dtype, head_dim, value_dim
         self.causal, self.mask_dtype, self.terms, self.blocks = causal, mask, terms, blocks
+        self.added = mask in (DType.F32, DType.BF16)  # the mask, to the scores
         kinds = ("_causal" * causal, f"_{mask.name.lower()}_mask" if mask is not None else "")
+        kinds += ("_statistics" * statistics, "_dropout" * dropout)
         b = KernelBuilder(f"attention_{dtype.name.lower()}_{head_dim}{''.join(kinds)}")
         for name in ("rows", "span", "keys"):
             b.block(name, getattr(blocks, name))
         b.block("terms", terms)
         self.b = b
         self.out = self._tensor("out", value_dim)
+        self.statistics: TensorHandle | None = None
+        if statistics:
+            self.statistics = row_tensor(b, "statistics", DType.F32, 2)
         self.q = self._tensor("q", head_dim)
         self.k = self._tensor("k", head_dim)
         self.v = self._tensor("v", value_dim)
         self.mask = b.tensor("mask", mask, 4) if mask is not None else None
         self.scalars = {name: b.scalar(name) for name in SCALARS}
         self.offset: Scalar = b.scalar("offset") if causal else ZERO
+        self.dropout = Dropout(b) if dropout else None
 
     def _tensor(self, name: str, width: int) -> TensorHandle:
-        fixed = {"sizes": (None,) * 3 + (width,), "strides": (None,) * 3 + (self.dtype.bits // 8,)}
-        return self.b.tensor(name, self.dtype, 4, **fixed)
+        return row_tensor(self.b, name, self.dtype, width)
 
     def build(self) -> Kernel:
         b, given, most = self.b, self.scalars, self.blocks.rows
@@ -265,23 +283,27 @@ class _Attention:
         sum_state = b.tile(DType.F32, most, SPAN_UNIT, name="sum_state")
         maxima = b.tile(DType.F32, most, 2, name="maxima")  # of this block and the one before
         scores = b.tile(DType.F32, most, SOFTMAX_BLOCK, name="scores")
-        b.elementwise(max_state, splat(-FLT_MAX), unit.rows)
         limits = self._limits(unit) if self.causal else None
+        if self.dropout is not None:
+            place = unit.batch, unit.head, unit.query
+            self.row_seeds = self.dropout.load_rows(most, place, unit.queries, unit.heads)
         parity = b.fresh("parity")
         b.emit(Let(parity, ZERO))
         with b.loop("block", 0, maximum(unit.seen, 1), SOFTMAX_BLOCK) as block:
             keys = b.let("keys", minimum(SOFTMAX_BLOCK, unit.seen - block))
-            with b.loop("span", 0, keys, self.blocks.span) as span:
+            with b.loop("span", 0, maximum(keys, 1), self.blocks.span) as span:
                 count = b.let("count", minimum(self.blocks.span, keys - span))
                 first = b.let("first", block + span)
                 with b.when(first.ne(0)):
                     self._dot_keys(unit, first, count, self.q_now)
                 view = scores.view(0, span)
                 self._mask_scores(unit, view, first, count, limits)
-                b.reduce("fmax", max_state, view, unit.rows, count, first=0, start=span)
+                self._fold("fmax", max_state, view, unit.rows, count, first.eq(0))
                 b.emit(Let(self.half, ONE - Variable(self.half)))
             maximum_now = maxima.view(0, Variable(parity))
             b.finish("fmax", maximum_now, max_state, unit.rows)
+            floor = apply("fmax", Read(maximum_now), splat(-FLT_MAX))
+            b.elementwise(maximum_now, floor, unit.rows, 1)
             with b.when(block.ne(0)):
                 before = maxima.view(0, ONE - Variable(parity))
                 self._rescale(unit, before, maximum_now, sum_state, result)
@@ -298,7 +320,7 @@ class _Attention:
                 weights = self._weights(unit, view, maximum_now, count, sum_state, first)
                 self._dot_values(unit, result, weights, first, count)
             b.emit(Let(parity, ONE - Variable(parity)))
-        self._invert(unit, sum_state)
+        self._invert(unit, sum_state, maxima.view(0, ONE - Variable(parity)))
         if not self.ahead:
             self._write(unit, self._this_half())
 
@@ -386,7 +408,7 @@ class _Attention:
         """Rows of K or V as bf16 terms."""
         b, most = self.b, self.blocks.keys
         if self.terms == 1:
-            tile = b.tile(DType.BF16, most, width, name=f"{name}_tile")
+            tile = b.tile(DType.BF16, most, width, name=f"{name}_tile", buffers=3)
             b.load(tile, window, keys, width)
             return [tile.view()]
         whole = b.tile(DType.F32, most, width, name=f"{name}_float", buffers=1)
@@ -410,7 +432,7 @@ class _Attention:
                 visible = Read(mask.view())
             else:
                 scaled = apply("fma", Read(dots), scale, Read(mask.view()))
-        b.elementwise(view, _hide(scaled, visible), *shape)
+        b.elementwise(view, hide(scaled, visible), *shape)
         if limits is None:
             return
         # `limits` exist where a row of the unit sees fewer keys than another. Of a span those keys
@@ -425,7 +447,7 @@ class _Attention:
             before = apply("ilt", Row(position.view()), Column(limits.view()))
             shown = b.tile(DType.I8, self.blocks.rows, self.blocks.span, name="visible")
             b.elementwise(shown, before, *shape)
-            b.elementwise(part, _hide(Read(part), Read(shown.view())), *shape)
+            b.elementwise(part, hide(Read(part), Read(shown.view())), *shape)
 
     def _load_mask(self, unit: _Unit, first: Scalar, count: Scalar) -> Tile:
         """The mask of the unit's rows; keys need not be contiguous in memory."""
@@ -446,6 +468,30 @@ class _Attention:
             self._load_rows(unit, tile.view(), window, count)
         return tile
 
+    def _fold(
+        self, op: str, state: Tile, view: View, rows: Scalar, count: Scalar, first: Scalar
+    ) -> None:
+        """state := state op `count` columns, column j to lane j mod 64 in order; anew if `first`.
+
+        The state is that of a row reduction, and `finish` goes on from there; but a vector command
+        takes two columns to a lane at once, and a reduction has to bring the state in and out."""
+        b, lanes = self.b, SPAN_UNIT
+        before = Read(state.view())
+        with b.loop("pair", 0, maximum(count, 1), 2 * lanes) as place:
+            left = b.let("left", count - place)
+            anew = b.let("anew", first * place.eq(0))
+            one, other = (Read(replace(view, col=view.col + place + c)) for c in (0, lanes))
+            with b.body() as less:
+                with b.when(anew):
+                    b.elementwise(state, splat(-math.inf if op == "fmax" else -0.0), rows)
+                b.elementwise(state, apply(op, before, one), rows, minimum(left, lanes))
+                with b.when(left.gt(lanes)):
+                    b.elementwise(state, apply(op, before, other), rows, left - lanes)
+            with b.body() as further:
+                b.elementwise(state, apply(op, apply(op, before, one), other), rows)
+            with b.when(left.ge(2 * lanes), less), b.when(anew, further):
+                b.elementwise(state, apply(op, one, other), rows)
+
     # Weights and result --------------------------------------------------------------------------
 
     def _rescale(
@@ -454,15 +500,12 @@ class _Attention:
         """What was summed up relative to the maximum `before`, relative to `now`."""
         b = self.b
         factor = b.tile(DType.F32, self.blocks.rows, 1, name="factor")
-        b.elementwise(factor, self._power(Read(before), Read(now)), unit.rows, 1)
+        power = apply("fsub", Read(before), Read(now))
+        if self.added:
+            power = apply("fmul", power, splat(LOG2_E))
+        b.elementwise(factor, apply("exp2", power), unit.rows, 1)
         for view in (sum_state.view(), result):
             b.elementwise(view, apply("fmul", Read(view), Column(factor.view())), unit.rows)
-
-    def _power(self, score: Tree, maximum_now: Tree) -> Tree:
-        difference = apply("fsub", score, maximum_now)
-        if self.mask_dtype in (DType.F32, DType.BF16):
-            difference = apply("fmul", difference, splat(LOG2_E))
-        return apply("exp2", difference)
 
     def _weights(
         self,
@@ -476,9 +519,18 @@ class _Attention:
         """The weights of one span of keys as bf16 terms, added to the sum."""
         b, shape = self.b, (self.blocks.rows, self.blocks.span)
         summed = b.tile(DType.BF16 if self.terms == 1 else DType.F32, *shape, name="weights")
-        power = self._power(Read(scores), Column(maximum_now))
-        b.elementwise(summed, power, unit.rows, count)
-        b.reduce("fsum", sum_state, summed, unit.rows, count, first=first.eq(0), start=scores.col)
+        power = apply("fsub", Read(scores), Column(maximum_now))
+        if self.added:  # in place, which spares a tile
+            b.elementwise(scores, apply("fmul", power, splat(LOG2_E)), unit.rows, count)
+            power = Read(scores)
+        b.elementwise(summed, apply("exp2", power), unit.rows, count)
+        self._fold("fadd", sum_state, summed.view(), unit.rows, count, first.eq(0))
+        if self.dropout is not None:
+            columns = self.blocks.span
+            dropped = self.dropout.choose(
+                self.row_seeds, unit.batch, first, unit.rows, count, columns
+            )
+            b.elementwise(summed, kept(dropped, Read(summed.view())), unit.rows, count)
         if self.terms == 1:
             return [summed]
         terms = self._term_tiles("weights", *shape)
@@ -502,15 +554,25 @@ class _Attention:
                     accumulate=1 if number else (first + run).ne(0),
                 )  # fmt: skip
 
-    def _invert(self, unit: _Unit, sum_state: Tile) -> None:
-        """What the unit's result has to be multiplied by."""
+    def _invert(self, unit: _Unit, sum_state: Tile, maximum_now: View) -> None:
+        """What the unit's result has to be multiplied by; its statistics are written."""
         b = self.b
         total = self.inverse.view(self._this_half() * self.blocks.rows)
         b.finish("fsum", total, sum_state, unit.rows)
         positive = apply("fmax", Read(total), splat(1.0))
+        if self.statistics is not None:
+            pair = b.tile(DType.F32, self.blocks.rows, 2, name="pair")
+            b.elementwise(pair.view(), Read(maximum_now), unit.rows, 1)
+            b.elementwise(pair.view(0, 1), apply("log2", positive), unit.rows, 1)
+            b.store(
+                self.statistics.at(unit.batch, unit.head, unit.query), pair,
+                unit.queries, 2, unit.heads, plane_stride=unit.queries * pair.row_bytes,
+            )  # fmt: skip
         # The table's 2 ulp are far below bf16, and it takes a quarter of a division's time.
         exact = self.dtype is DType.F32
         inverse = apply("fdiv", splat(1.0), positive) if exact else apply("recip", positive)
+        if self.dropout is not None:
+            inverse = apply("fmul", inverse, self.dropout.scale())
         b.elementwise(total, inverse, unit.rows)
 
     def _write(self, unit: _Unit, half: Scalar) -> None:
@@ -526,7 +588,13 @@ class _Attention:
         )  # fmt: skip
 
 
-def _hide(scores: Tree, visible: Tree | None) -> Tree:
+def row_tensor(b: KernelBuilder, name: str, dtype: DType, width: int) -> TensorHandle:
+    """A tensor parameter [.., .., .., width] that is contiguous along its last dimension."""
+    fixed = {"sizes": (None,) * 3 + (width,), "strides": (None,) * 3 + (dtype.bits // 8,)}
+    return b.tensor(name, dtype, 4, **fixed)
+
+
+def hide(scores: Tree, visible: Tree | None) -> Tree:
     """-inf where not visible; a select, so that a hidden NaN does not show."""
     if visible is None:
         return scores

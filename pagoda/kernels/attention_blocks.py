@@ -43,6 +43,7 @@ def choose_blocks(
     value_dim: int | None = None,
     mask: DType | None = None,
     terms: int = 1,
+    dropout: bool = False,
 ) -> AttentionBlocks:
     """The blocks for a chip: as many rows as keep its matrix engine busy and fit, then large
     loads. Raises CompileError for a chip without bf16 products or with too little memory."""
@@ -61,7 +62,7 @@ def choose_blocks(
         while rows:
             for keys in loads:
                 blocks = AttentionBlocks(rows, max(SPAN_UNIT, keys), keys)
-                sram, acc = memory_bytes(blocks, width, mask, terms)
+                sram, acc = memory_bytes(blocks, width, mask, terms, dropout)
                 if sram <= room and acc <= chip.acc_bytes:
                     return blocks
             rows //= 2
@@ -72,7 +73,7 @@ def choose_blocks(
 
 
 def memory_bytes(
-    blocks: AttentionBlocks, width: int, mask: DType | None, terms: int
+    blocks: AttentionBlocks, width: int, mask: DType | None, terms: int, dropout: bool = False
 ) -> tuple[int, int]:
     """About how many bytes of SRAM and of ACC the kernel's tiles take, with two buffers of what is
     loaded in a loop (with terms: one)."""
@@ -86,6 +87,7 @@ def memory_bytes(
         loaded = (4 + 4 + 2 * terms) * keys * width  # K and V take turns
     if mask is not None:
         per_row += 2 * span * mask.bits // 8
+    per_row += 4 * span * dropout
     per_row += span  # which keys of the diagonal a row sees
     acc_per_row = 2 * 4 * width + 2 * 4 * span
     return rows * per_row + loaded, rows * acc_per_row

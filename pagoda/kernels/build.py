@@ -25,7 +25,11 @@ from pagoda.compiler.nest_lowering import lower
 from pagoda.compiler.region import KernelCall, Region, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
-from pagoda.kernels.attention_call import attention_arguments, attention_for
+from pagoda.kernels.attention_backward_call import (
+    attention_backward_arguments,
+    attention_backward_for,
+)
+from pagoda.kernels.attention_call import attention_arguments, attention_for, causal_offset
 from pagoda.kernels.convolution_call import convolution_for
 from pagoda.kernels.fusion import FusedCall, fuse
 from pagoda.kernels.matmul_call import matmul_for
@@ -87,12 +91,14 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
             return _nest(step, chip, symbols)
         if step.kernel.name == "copy":
             return _nest(_copy(step), chip, symbols)
-        if step.kernel.name == "sdpa":
+        if step.kernel.name in ("sdpa", "sdpa_training"):
             kernel, blocks = attention_for(step, chip)
-            _, q, k, *_ = step.args
-            lower_right = step.kernel.attribute("causal") == "lower right"
-            offset = k.sizes[2] - q.sizes[2] if lower_right else 0
+            offset = causal_offset(step)
             views, scalars = attention_arguments(step, blocks, offset, chip.cores)
+            return _Step(kernel, _words(kernel, views, scalars), step.origin)
+        if step.kernel.name == "sdpa_backward":
+            kernel = attention_backward_for(step, chip)
+            views, scalars = attention_backward_arguments(step)
             return _Step(kernel, _words(kernel, views, scalars), step.origin)
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)

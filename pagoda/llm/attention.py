@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-import pagoda.pytorch  # noqa: F401  registers the device and its operation pagoda::sdpa
+import pagoda.pytorch  # noqa: F401  registers the device
+from pagoda.pytorch.attention import attend as attend_heads
 
 NAME = "pagoda"
 """For `model.set_attn_implementation`: transformers then makes no masks, `attend` needs none."""
@@ -26,7 +27,7 @@ def attend(
     positions so far; gives [b, n, h, d]. The last query sees every key."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = attention_mask is None and query.shape[2] > 1 and module.is_causal
-    out = torch.ops.pagoda.sdpa(query, key, value, attention_mask, causal, scale, causal)
+    out = attend_heads(query, key, value, attention_mask, causal, scale, causal)
     return out.transpose(1, 2), None
 
 

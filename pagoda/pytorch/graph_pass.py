@@ -80,11 +80,12 @@ def share_heads(graph: torch.fx.Graph) -> None:
     Models repeat each head for its group of query heads (unsqueeze, expand, reshape); the attention
     kernel takes groups as they are, so the copies would only cost memory traffic.
     """
-    for node in graph.find_nodes(op="call_function", target=torch.ops.pagoda.sdpa.default):
-        query, key, value, *rest = node.args
-        sources = [_repeated(key), _repeated(value)]
-        if None not in sources:
-            node.args = (query, *sources, *rest)
+    for operation in (torch.ops.pagoda.sdpa.default, torch.ops.pagoda.sdpa_training.default):
+        for node in graph.find_nodes(op="call_function", target=operation):
+            query, key, value, *rest = node.args
+            sources = [_repeated(key), _repeated(value)]
+            if None not in sources:
+                node.args = (query, *sources, *rest)
     graph.eliminate_dead_code()
 
 

@@ -1,170 +1,13 @@
-"""Operations that are library kernels, not loop nests: matrix products and attention.
-
-`scaled_dot_product_attention` would be decomposed by torch into many operations; it is kept as one,
-`pagoda::sdpa`, which tracing and Inductor carry through unchanged.
-"""
+"""Which of Inductor's extern kernels are kernels of the library, and with which arguments."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from pagoda.pytorch.attention import SCHEMAS
 from pagoda.pytorch.errors import Unsupported, source
-
-aten = torch.ops.aten
-
-
-@torch.library.custom_op(
-    "pagoda::sdpa", mutates_args=(), device_types="cpu", tags=(torch.Tag.flexible_layout,)
-)
-def sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    lower_right: bool = False,
-) -> torch.Tensor:
-    """q [b, h, m, d], k [b, g, n, d], v [b, g, n, e], mask broadcast to [b, h, m, n]; gives
-    [b, h, m, e]. Query head h uses key/value head h // (h_count // g_count). lower_right: causal,
-    and the last query sees all keys (torch's `is_causal` lets the first query see the first)."""
-    groups = q.shape[1] // k.shape[1]
-    if lower_right:
-        shape = (q.shape[2], k.shape[2])
-        mask = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
-        causal = False
-    return torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k.repeat_interleave(groups, 1),
-        v.repeat_interleave(groups, 1),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-    )
-
-
-@sdpa.register_fake
-def _(q, k, v, mask, causal, scale, lower_right=False):
-    # Laid out as [b, m, h, e]: what follows attention joins the heads, and needs no copy then.
-    batch, heads, count, _ = q.shape
-    torch._check(k.shape[2] == v.shape[2])
-    return q.new_empty((batch, count, heads, v.shape[-1])).transpose(1, 2)
-
-
-def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    q, k, v, mask, causal, scale, lower_right = inputs
-    ctx.save_for_backward(q, k, v, mask)
-    ctx.causal, ctx.scale, ctx.lower_right = causal, scale, lower_right
-
-
-def _gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    """Gradients of attention from its inputs alone: the weights are computed again, in float32."""
-    q, k, v, mask = ctx.saved_tensors
-    batch, heads, rows, _ = q.shape
-    groups, columns = k.shape[1], k.shape[2]
-
-    def grouped(t: torch.Tensor) -> torch.Tensor:  # [b, h, m, d] -> [b, g, n * m, d]
-        return t.reshape(batch, groups, -1, t.shape[-1])
-
-    def spread(t: torch.Tensor) -> torch.Tensor:  # [b, g, n * m, s] -> [b, h, m, s]
-        return t.reshape(batch, heads, rows, columns)
-
-    scores = spread(grouped(q) @ k.transpose(-2, -1)).float() * ctx.scale
-    sees = None
-    if ctx.causal:
-        query = torch.arange(rows, device=q.device)[:, None]
-        last = query + (columns - rows) if ctx.lower_right else query
-        sees = torch.arange(columns, device=q.device)[None] <= last
-    if mask is not None and mask.dtype == torch.bool:
-        sees = mask if sees is None else mask & sees
-    elif mask is not None:
-        scores = scores + mask
-    if sees is not None:
-        scores = torch.where(sees, scores, -torch.inf)
-    # A row that sees nothing has weights 0, as in the forward pass.
-    top = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, top))
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
-    inner = spread(grouped(grad) @ v.transpose(-2, -1)).float()
-    inner = weights * (inner - (inner * weights).sum(-1, keepdim=True))
-    back = grouped((inner * ctx.scale).to(q.dtype))
-    grad_q = (back @ k).reshape(q.shape)
-    grad_k = back.transpose(-2, -1) @ grouped(q)
-    grad_v = grouped(weights.to(v.dtype)).transpose(-2, -1) @ grouped(grad)
-    grad_mask = None
-    if mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]:
-        grad_mask = inner.sum_to_size(mask.shape).to(mask.dtype)
-    return grad_q, grad_k, grad_v, grad_mask, None, None, None
-
-
-sdpa.register_autograd(_gradient, setup_context=_keep)
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if dropout_p:
-        return _attention_with_dropout(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
-    if query.dim() != 4:
-        lead = query.shape[:-3] if query.dim() > 4 else ()
-        flat = [_four(t, lead) for t in (query, key, value)]
-        mask = None
-        if attn_mask is not None:
-            mask = _four(attn_mask.expand(*query.shape[:-1], key.shape[-2]), lead)
-        out = _attention(*flat, mask, 0.0, is_causal, scale=scale)
-        return out.reshape(*query.shape[:-1], value.shape[-1])
-    if attn_mask is not None:
-        while attn_mask.dim() < 4:
-            attn_mask = attn_mask.unsqueeze(0)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return torch.ops.pagoda.sdpa(query, key, value, attn_mask, is_causal, scale)
-
-
-def _attention_with_dropout(
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-) -> torch.Tensor:
-    """Attention one operation after another: the kernel has no dropout, and this is for training
-    only."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query @ key.transpose(-2, -1)).float() * scale
-    if is_causal:
-        shape = (query.shape[-2], key.shape[-2])
-        sees = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-        scores = torch.where(sees, scores, -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = torch.where(attn_mask, scores, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    weights = torch.nn.functional.dropout(scores.softmax(-1), dropout_p)
-    return weights.to(value.dtype) @ value
-
-
-def _four(t: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
-    if lead:
-        return t.flatten(0, len(lead) - 1)
-    return t[(None,) * (4 - t.dim())]
-
-
-_library = torch.library.Library("aten", "IMPL")
-for _key in ("AutogradPrivateUse1", "PrivateUse1"):
-    _library.impl("scaled_dot_product_attention", torch._disable_dynamo(_attention), _key)
 
 
 def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
@@ -179,14 +22,19 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
     if name == "addmm":
         alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
         return name, (("alpha", alpha), ("beta", beta)), list(node.inputs)
-    if name == "pagoda::sdpa":
+    if name in SCHEMAS:
         args, kwargs = node.unflatten_args(node.inputs, node.constant_args)
-        names = ("q", "k", "v", "mask", "causal", "scale", "lower_right")
+        names = (*SCHEMAS[name], "causal", "scale", "lower_right", "dropout")
         bound = dict(zip(names, args, strict=False)) | kwargs
         causal = "lower right" if bound.get("lower_right") else bool(bound["causal"])
-        attributes = (("causal", causal), ("scale", float(bound["scale"])))
-        tensors = [bound["q"], bound["k"], bound["v"], bound.get("mask")]
-        return "sdpa", attributes, tensors
+        attributes: tuple[tuple[str, Any], ...] = (
+            ("causal", causal),
+            ("scale", float(bound["scale"])),
+        )
+        if name != "pagoda::sdpa":
+            attributes += (("dropout", float(bound.get("dropout", 0.0))),)
+        tensors = [bound.get(tensor) for tensor in SCHEMAS[name]]
+        return name.removeprefix("pagoda::"), attributes, tensors
     raise Unsupported(
         f"operation {name} is not supported on device pagoda: it is neither a loop nest nor one "
         "of the library kernels (mm, bmm, addmm, scaled_dot_product_attention). Rewrite the model "

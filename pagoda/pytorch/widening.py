@@ -33,7 +33,10 @@ def widen_temporaries(region: Region) -> Region:
             if view is not None and view.buffer in wide and not _may_widen(step, position):
                 wide.remove(view.buffer)
     products = {
-        step.args[0].buffer for step in region.steps if isinstance(step.kernel, LibraryCall)
+        buffer
+        for step in region.steps
+        if isinstance(step.kernel, LibraryCall)
+        for buffer in step.writes()
     }
     for step in region.steps:
         if not _goes_on_in_float32(step):

@@ -119,7 +119,7 @@ class _RegionBuilder:
         self.symbols: list[SymbolSource] = []
         self.steps: list[KernelCall] = []
         self.seeds: list[TensorInput] = []
-        self.pending: dict[str, Any] = {}  # library calls whose output is not yet known
+        self.pending: dict[str, Any] = {}  # library calls whose outputs are not yet known
         self.nested: dict[str, list[View | Expr | None]] = {}  # results of nested calls
 
     def build(self) -> Region:
@@ -342,7 +342,7 @@ class _RegionBuilder:
             case lines.ExternKernelOutLine():
                 node = line.node
                 out = self.view(node.output_view if node.output_view else node)
-                self._call_library(node, out)
+                self._call_library(node, [out])
             case lines.ExternKernelAllocLine():
                 self._extern_alloc(line.node)
             case lines.MultiOutputLine():
@@ -385,25 +385,24 @@ class _RegionBuilder:
             self.pending[node.get_name()] = node
             return
         self._allocate(node)
-        self._call_library(node, self.view(node))
+        self._call_library(node, [self.view(node)])
 
     def _multi_output(self, line: Any) -> None:
+        """The call of an operation with several results, when the first of them comes up."""
         if line.arg_name in self.nested:
             ((_, number),) = line.indices
             self.views[line.result_name] = self.nested[line.arg_name][number]
             return
         node = self.pending.pop(line.arg_name, None)
-        if node is None or len(line.indices) > 1 or (line.indices and line.indices[0][1] != 0):
-            raise Unsupported(
-                "a library operation with several results has no kernel on device pagoda."
-            )
-        result = V.graph.get_buffer(line.result_name)
-        self._allocate(result)
-        self._call_library(node, self.view(result))
+        if node is None:
+            return
+        for result in node.outputs:
+            self._allocate(result)
+        self._call_library(node, [self.view(result) for result in node.outputs])
 
-    def _call_library(self, node: Any, out: View) -> None:
+    def _call_library(self, node: Any, outs: list[View]) -> None:
         name, attributes, inputs = library_call(node)
         views = [None if arg is None else self.view(arg) for arg in inputs]
         exact = all(view is None or view.dtype != "float32" for view in views)
         call = LibraryCall(name, attributes, "highest" if exact else matmul_precision())
-        self.steps.append(KernelCall(call, (out, *views), origin=name))
+        self.steps.append(KernelCall(call, (*outs, *views), origin=name))
