@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
+from pagoda.pytorch import losses, pooling, resampling
+
 aten = torch.ops.aten
 
 
@@ -30,7 +32,13 @@ def _masked_scatter_(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) 
     return x.index_put_(where.unbind(1), source.reshape(-1)[: where.shape[0]])
 
 
+def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
+    """What autograd takes for gradients that are 0; elsewhere it has no memory."""
+    return torch.zeros(size, **options)
+
+
 REWRITTEN: dict[Any, Callable] = {
+    aten._efficientzerotensor.default: _zeros,
     aten.equal.default: _equal,
     aten.masked_select.default: _masked_select,
     aten.masked_scatter_.default: _masked_scatter_,
@@ -77,19 +85,36 @@ def _gru_cell(
 
 
 # torch's own decompositions, whose gradients follow.
-_ABOVE_AUTOGRAD = (
-    "upsample_bilinear2d", "upsample_bicubic2d", "_adaptive_avg_pool2d", "replication_pad1d",
-    "replication_pad2d", "replication_pad3d", "grid_sampler_2d",
+_TORCHS = (
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "upsample_nearest1d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_adaptive_avg_pool2d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d",
+    "multi_margin_loss", "multilabel_margin_loss_forward",
 )  # fmt: skip
+
+_OURS: dict[str, Callable] = {
+    "_thnn_fused_lstm_cell": _lstm_cell,
+    "_thnn_fused_gru_cell": _gru_cell,
+    "_adaptive_avg_pool3d": pooling.adaptive_average_3d,
+    "_upsample_bilinear2d_aa": resampling.bilinear,
+    "_upsample_bicubic2d_aa": resampling.bicubic,
+    "_embedding_bag": losses.embedding_bag,
+    "_embedding_bag_forward_only": losses.embedding_bag,
+    "_cdist_forward": losses.pairwise_distances,
+    "_pdist_forward": losses.own_distances,
+    "_ctc_loss": losses.ctc_loss,
+    "_ctc_loss.Tensor": losses.ctc_loss,
+}
 
 _library = torch.library.Library("aten", "IMPL")  # must stay alive
 
 
 def _register() -> None:
-    for key in ("AutogradPrivateUse1", "PrivateUse1"):
-        _library.impl("_thnn_fused_lstm_cell", torch._disable_dynamo(_lstm_cell), key)
-        _library.impl("_thnn_fused_gru_cell", torch._disable_dynamo(_gru_cell), key)
-    for name in _ABOVE_AUTOGRAD:
+    for name, composed in _OURS.items():
+        for key in ("AutogradPrivateUse1", "PrivateUse1"):
+            _library.impl(name, torch._disable_dynamo(composed), key)
+    for name in _TORCHS:
         op = getattr(aten, name).default
         composed = get_decompositions([op])[op]
         _library.impl(name, torch._disable_dynamo(composed), "AutogradPrivateUse1")

@@ -9,44 +9,38 @@ import torch
 from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
 
-from pagoda.pytorch import sorting
+from pagoda.pytorch import functions, pooling, scans, scatters, sorting
 
 aten = torch.ops.aten
-
-
-def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A masked sum per element: quadratic in the size of `dim`, meant for positions and masks."""
-    if dtype is None:
-        dtype = x.dtype if x.is_floating_point() else torch.int64
-    if x.dim() == 0:
-        return x.to(dtype)
-    count = x.shape[dim]
-    positions = torch.arange(count, device=x.device)
-    seen = positions[None, :] <= positions[:, None]
-    row = x.movedim(dim, -1).to(dtype)
-    summed = torch.where(seen, row[..., None, :], 0).sum(-1, dtype=dtype)
-    return summed.movedim(-1, dim)
 
 
 def _baddbmm(
     bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    product = torch.bmm(a, b)
+    return _joined(bias, torch.bmm(a, b), beta, alpha)
+
+
+def _joined(bias: torch.Tensor, product: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
     return product + (bias if beta == 1 else bias * beta)
 
 
-def _cumprod(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    if dtype is None:
-        dtype = x.dtype if x.is_floating_point() else torch.int64
-    if x.dim() == 0:
-        return x.to(dtype)
-    positions = torch.arange(x.shape[dim], device=x.device)
-    seen = positions[None, :] <= positions[:, None]
-    row = x.movedim(dim, -1).to(dtype)
-    return torch.where(seen, row[..., None, :], 1).prod(-1, dtype=dtype).movedim(-1, dim)
+def _addbmm(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    return _joined(bias, torch.bmm(a, b).sum(0), beta, alpha)
+
+
+def _hardshrink_backward(grad: torch.Tensor, x: torch.Tensor, lambd: float) -> torch.Tensor:
+    return torch.where((x >= -lambd) & (x <= lambd), 0, grad)
+
+
+def _uniform(
+    x: torch.Tensor, low: float = 0.0, high: float = 1.0, generator: Any = None
+) -> torch.Tensor:
+    return torch.rand_like(x) * (high - low) + low
 
 
 def _grouped_mm_backward(
@@ -61,8 +55,55 @@ _MORE = [
     aten.upsample_bilinear2d.out,
     aten.upsample_bicubic2d.default,
     aten.upsample_bicubic2d.out,
+    aten.upsample_trilinear3d.default,
+    aten.upsample_trilinear3d.out,
     aten._adaptive_avg_pool2d_backward,
 ]
+
+_OURS: dict[Any, Callable] = {
+    aten.addbmm.default: _addbmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.uniform.default: _uniform,
+    aten.hardshrink_backward.default: _hardshrink_backward,
+    aten.softshrink_backward.default: _hardshrink_backward,
+    aten.cumsum.default: scans.cumsum,
+    aten.cumprod.default: scans.cumprod,
+    aten.cummax.default: scans.cummax,
+    aten.cummin.default: scans.cummin,
+    aten._logcumsumexp.default: scans.logcumsumexp,
+    aten.logcumsumexp.default: scans.logcumsumexp,
+    aten.median.default: sorting.median,
+    aten.median.dim: sorting.median_along,
+    aten.nanmedian.default: sorting.nanmedian,
+    aten.nanmedian.dim: sorting.nanmedian_along,
+    aten.kthvalue.default: sorting.kthvalue,
+    aten.mode.default: sorting.mode,
+    aten.scatter_reduce.two: scatters.scatter_reduce,
+    aten.index_reduce.default: scatters.index_reduce,
+    aten.searchsorted.Tensor: scatters.searchsorted,
+    aten.searchsorted.Scalar: scatters.searchsorted,
+    aten.bucketize.Tensor: scatters.bucketize,
+    aten.bucketize.Scalar: scatters.bucketize,
+    aten.avg_pool2d_backward.default: pooling.avg_pool_backward_2d,
+    aten.avg_pool3d_backward.default: pooling.avg_pool_backward_3d,
+    aten.max_pool2d_with_indices_backward.default: pooling.max_pool_backward_2d,
+    aten.max_pool3d_with_indices_backward.default: pooling.max_pool_backward_3d,
+    aten.adaptive_max_pool2d_backward.default: pooling.adaptive_max_pool_backward_2d,
+    aten.adaptive_max_pool3d_backward.default: pooling.adaptive_max_pool_backward_3d,
+    aten.fractional_max_pool2d_backward.default: pooling.fractional_max_pool_backward_2d,
+    aten.fractional_max_pool3d_backward.default: pooling.fractional_max_pool_backward_3d,
+    aten.asinh.default: functions.asinh,
+    aten.acosh.default: functions.acosh,
+    aten.atanh.default: functions.atanh,
+    aten.copysign.Tensor: functions.copysign,
+    aten.copysign.Scalar: functions.copysign,
+    aten.hypot.default: functions.hypot,
+    aten.erfinv.default: functions.erfinv,
+    aten.lgamma.default: functions.lgamma,
+    aten.digamma.default: functions.digamma,
+    aten.polygamma.default: functions.polygamma,
+    aten.special_erfcx.default: functions.erfcx,
+}
 
 
 def table() -> dict[Any, Callable]:
@@ -81,7 +122,5 @@ def table() -> dict[Any, Callable]:
         aten._grouped_mm.default: sorting.grouped_mm,
         **select_decomp_table(),
         **get_decompositions(_MORE),
-        aten.cumsum.default: _cumsum,
-        aten.cumprod.default: _cumprod,
-        aten.baddbmm.default: _baddbmm,
+        **_OURS,
     }

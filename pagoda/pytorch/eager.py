@@ -42,7 +42,8 @@ HOST_ALLOWED: dict[str, str] = {
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2"),
+        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2",
+         "aten.unique_dim", "aten.unique_consecutive", "aten.bincount"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -93,6 +94,7 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     out = kwargs.get("out")
     if isinstance(out, torch.Tensor) and out.numel() == 0:
         return _resized(op, args, kwargs)
+    _require_types(op, args, kwargs)
     args = _tensors_for_numbers(op, args)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
@@ -126,15 +128,35 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     given = [a.data if isinstance(a, torch.Tensor) else a for a in passed]
     try:
         results = version.function(list(given))
-    except Unsupported:  # raised before anything runs
+    except Unsupported as error:  # raised before anything runs
         if not version.symbolic:
-            raise
+            raise NotImplementedError(_explain(op, error)) from error
         operation.versions.remove(version)
         version = _worker.submit(_compile, op, flat, spec, varying, twins, frozenset()).result()
         operation.versions.append(version)
         operation.exact[exact] = version
-        results = version.function(list(given))
+        try:
+            results = version.function(list(given))
+        except Unsupported as again:
+            raise NotImplementedError(_explain(op, again)) from again
     return _returned(op, args, kwargs, results)
+
+
+# Types that can be stored, not computed with, and what to take instead.
+_STORED_ONLY = {
+    torch.float64: "float32", torch.float16: "float32 or bfloat16", torch.int16: "int32",
+}  # fmt: skip
+
+
+def _require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    for value in pytree.tree_leaves((args, kwargs)):
+        kind = value.dtype if isinstance(value, torch.Tensor) and value.dim() else value
+        if isinstance(kind, torch.dtype) and kind in _STORED_ONLY:
+            raise NotImplementedError(
+                f"operation {op} cannot run on device pagoda: the chip stores {kind} but cannot "
+                f"compute with it. Use {_STORED_ONLY[kind]}: convert tensors with .to(dtype) "
+                "before they are moved to the device."
+            )
 
 
 def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -378,7 +400,7 @@ def _explain(op: Any, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     reason = str(cause) if cause is not None else f"{type(error).__name__}: {error}"
     return (
-        f"operation {op} cannot run on device pagoda: {reason.strip()} It is never computed on the "
+        f"operation {op} cannot run on device pagoda: {reason.strip().rstrip('.')}. It is never computed on the "
         "CPU in silence; if that is what you want, move its inputs with .cpu() and the result back."
     )
 
