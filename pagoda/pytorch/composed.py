@@ -24,10 +24,13 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _masked_select(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     x, mask = torch.broadcast_tensors(x, mask)
-    return x[mask]
+    return x[mask] if x.dim() else x[None][mask[None]]
 
 
 def _masked_scatter_(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    if not x.dim():
+        _masked_scatter_(x[None], mask[None], source)
+        return x
     where = mask.expand(x.shape).nonzero()
     return x.index_put_(where.unbind(1), source.reshape(-1)[: where.shape[0]])
 
@@ -35,6 +38,12 @@ def _masked_scatter_(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) 
 def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
     """What autograd takes for gradients that are 0; elsewhere it has no memory."""
     return torch.zeros(size, **options)
+
+
+def _renorm(x: torch.Tensor, p: float, dim: int, maxnorm: float) -> torch.Tensor:
+    others = [d for d in range(x.dim()) if d != dim % x.dim()]
+    norms = torch.linalg.vector_norm(x, p, others, keepdim=True)
+    return x * torch.where(norms > maxnorm, maxnorm / (norms + 1e-7), 1.0).to(x.dtype)
 
 
 REWRITTEN: dict[Any, Callable] = {
@@ -103,6 +112,7 @@ _OURS: dict[str, Callable] = {
     "_embedding_bag_forward_only": losses.embedding_bag,
     "_cdist_forward": losses.pairwise_distances,
     "_pdist_forward": losses.own_distances,
+    "renorm": _renorm,
     "_ctc_loss": losses.ctc_loss,
     "_ctc_loss.Tensor": losses.ctc_loss,
 }

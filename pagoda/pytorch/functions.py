@@ -137,7 +137,7 @@ def digamma(x: torch.Tensor) -> torch.Tensor:
     mirrored = value - math.pi / torch.tan(math.pi * part)
     mirrored = torch.where(part == 0, math.nan, mirrored)
     result = torch.where(reflected, mirrored, value)
-    return torch.where(x == 0, copysign(torch.full_like(x, math.inf), -x), result)
+    return torch.where(x == 0, torch.where(torch.signbit(x), math.inf, -math.inf), result)
 
 
 def polygamma(n: int, x: torch.Tensor) -> Any:

@@ -105,18 +105,20 @@ def ctc_loss(
     emitted = log_probs.gather(2, spaced.expand(steps, *spaced.shape))  # [t, n, 2 s + 1]
     never = -1e30  # stands for minus infinity, whose differences are not numbers
     alpha = torch.where(place < 2, emitted[0], never)
-    alphas = [alpha]
+    alphas, total = [alpha], torch.zeros_like(alpha[:, :1])
     for step in range(1, steps):
         one = torch.nn.functional.pad(alpha, (1, 0), value=never)[:, :-1]
         two = torch.nn.functional.pad(alpha, (2, 0), value=never)[:, :-2]
         two = torch.where(skips, two, never)
         come = torch.stack([alpha, one, two]).logsumexp(0) + emitted[step]
         alpha = torch.where((step < inputs)[:, None], come, alpha)
-        alphas.append(alpha)
+        top = alpha.detach().amax(1, keepdim=True)
+        alpha, total = alpha - top, total + top  # small numbers have small rounding errors
+        alphas.append(alpha + total)
     last = (2 * outputs)[:, None]
     ends = alpha.gather(1, torch.cat([last, (last - 1).clamp(min=0)], 1))
     ends = torch.where((outputs == 0)[:, None] & (torch.arange(2, device=device) == 1), never, ends)
-    loss = -ends.logsumexp(1)
+    loss = -ends.logsumexp(1) - total[:, 0]
     inside = (torch.arange(steps, device=device)[:, None] < inputs)[..., None]
     mass = torch.where(inside, log_probs.exp(), 0).sum((0, 2))
     loss = loss + (mass - mass.detach())
