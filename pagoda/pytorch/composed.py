@@ -96,10 +96,8 @@ def _gru_cell(
 # torch's own decompositions, whose gradients follow.
 _TORCHS = (
     "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
-    "upsample_nearest1d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_adaptive_avg_pool2d",
-    "replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d",
-    "multi_margin_loss", "multilabel_margin_loss_forward",
+    "_adaptive_avg_pool2d", "replication_pad1d", "replication_pad2d", "replication_pad3d",
+    "grid_sampler_2d", "multi_margin_loss", "multilabel_margin_loss_forward",
 )  # fmt: skip
 
 _OURS: dict[str, Callable] = {

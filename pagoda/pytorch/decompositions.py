@@ -9,7 +9,7 @@ import torch
 from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
 
-from pagoda.pytorch import functions, pooling, scans, scatters, sorting
+from pagoda.pytorch import functions, pooling, resampling, scans, scatters, sorting
 
 aten = torch.ops.aten
 
@@ -31,6 +31,16 @@ def _addbmm(
     bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
     return _joined(bias, torch.bmm(a, b).sum(0), beta, alpha)
+
+
+def _index_add(
+    x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, *, alpha: float = 1
+) -> Any:
+    """bfloat16 is added up in float32: Inductor has no loops for it."""
+    if x.dtype != torch.bfloat16:
+        return _INDUCTORS_INDEX_ADD(x, dim, index, source, alpha=alpha)
+    added = _INDUCTORS_INDEX_ADD(x.float(), dim, index, source.float(), alpha=alpha)
+    return added.to(x.dtype)
 
 
 def _hardshrink_backward(grad: torch.Tensor, x: torch.Tensor, lambd: float) -> torch.Tensor:
@@ -60,9 +70,12 @@ _MORE = [
     aten._adaptive_avg_pool2d_backward,
 ]
 
+_INDUCTORS_INDEX_ADD = select_decomp_table()[aten.index_add.default]
+
 _OURS: dict[Any, Callable] = {
     aten.addbmm.default: _addbmm,
     aten.baddbmm.default: _baddbmm,
+    aten.index_add.default: _index_add,
     aten.uniform.default: _uniform,
     aten.hardshrink_backward.default: _hardshrink_backward,
     aten.softshrink_backward.default: _hardshrink_backward,
@@ -84,6 +97,10 @@ _OURS: dict[Any, Callable] = {
     aten.searchsorted.Scalar: scatters.searchsorted,
     aten.bucketize.Tensor: scatters.bucketize,
     aten.bucketize.Scalar: scatters.bucketize,
+    aten.avg_pool2d.default: pooling.avg_pool_2d,
+    aten.avg_pool3d.default: pooling.avg_pool_3d,
+    aten.adaptive_max_pool2d.default: pooling.adaptive_max_2d,
+    aten.adaptive_max_pool3d.default: pooling.adaptive_max,
     aten.avg_pool2d_backward.default: pooling.avg_pool_backward_2d,
     aten.avg_pool3d_backward.default: pooling.avg_pool_backward_3d,
     aten.max_pool2d_with_indices_backward.default: pooling.max_pool_backward_2d,
@@ -108,7 +125,7 @@ _OURS: dict[Any, Callable] = {
 
 def table() -> dict[Any, Callable]:
     """Inductor's decompositions, with ours."""
-    experts = {}
+    experts, inductors = {}, select_decomp_table()
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         experts[torch.ops.transformers.grouped_mm_fallback.default] = sorting.grouped_mm
         backward = torch.ops.transformers.grouped_mm_fallback_backward.default
@@ -120,7 +137,22 @@ def table() -> dict[Any, Callable]:
         aten.sort.stable: sorting.sort_stable,
         aten.histc.default: sorting.histc,
         aten._grouped_mm.default: sorting.grouped_mm,
-        **select_decomp_table(),
+        **inductors,
         **get_decompositions(_MORE),
         **_OURS,
+        **_nearest_gradients(),
+        _MAX_2D: pooling.max_pool(2, inductors[_MAX_2D]),
+        _MAX_3D: pooling.max_pool(3, inductors[_MAX_3D]),
     }
+
+
+_MAX_2D, _MAX_3D = aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default
+
+
+def _nearest_gradients() -> dict[Any, Callable]:
+    gradients = {}
+    for name, centre in (("upsample_nearest", 0.0), ("_upsample_nearest_exact", 0.5)):
+        for dims in (1, 2, 3):
+            op = getattr(aten, f"{name}{dims}d_backward").default
+            gradients[op] = resampling.nearest_backward(centre)
+    return gradients

@@ -410,8 +410,9 @@ def _explain(op: Any, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     reason = str(cause) if cause is not None else f"{type(error).__name__}: {error}"
     return (
-        f"operation {op} cannot run on device pagoda: {reason.strip().rstrip('.')}. It is never computed on the "
-        "CPU in silence; if that is what you want, move its inputs with .cpu() and the result back."
+        f"operation {op} cannot run on device pagoda: {reason.strip().rstrip('.')}. It is never "
+        "computed on the CPU in silence; if that is what you want, move its inputs with .cpu() and "
+        "the result back."
     )
 
 

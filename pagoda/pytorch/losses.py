@@ -87,7 +87,7 @@ def ctc_loss(
     The gradient is torch's: that of logits before `log_softmax`, which has an exp(log_probs) more.
     """
     device = log_probs.device
-    steps, batch, _ = log_probs.shape
+    steps = log_probs.shape[0]
     target_sizes = _integers(target_lengths)
     inputs = torch.tensor(_integers(input_lengths), device=device)
     outputs = torch.tensor(target_sizes, device=device)

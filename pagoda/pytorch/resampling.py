@@ -1,8 +1,10 @@
-"""Resizing of images with antialiasing: one matrix of weights for each direction."""
+"""Resizing of images: with antialiasing, by one matrix of weights for each direction, and the
+gradient of resizing to the nearest element."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -64,3 +66,31 @@ def bicubic(
     scales_w: float | None = None,
 ) -> torch.Tensor:
     return _resized(x, output_size, align_corners, (scales_h, scales_w), 2, _cubic)
+
+
+def _nearest(count: int, n: int, scale: float | None, centre: float, like) -> torch.Tensor:
+    """The input that each of `count` outputs takes, as in ATen's `nearest_idx`."""
+    step = 1 / scale if scale else n / count
+    place = torch.arange(count, device=like.device, dtype=torch.float32)
+    return torch.floor((place + centre) * step).to(torch.int64).clamp(max=n - 1)
+
+
+def nearest_backward(centre: float) -> Callable:
+    """Gradient of `upsample_nearest` (centre 0) or `_upsample_nearest_exact` (centre 1/2) over one,
+    two or three dimensions."""
+
+    def backward(grad: torch.Tensor, output_size, input_size, *scales: float | None) -> Any:
+        dims = len(output_size)
+        scales = scales or (None,) * dims
+        for d, scale in enumerate(scales):
+            dim, n, count = 2 + d, input_size[2 + d], output_size[d]
+            if count % n == 0 and scale in (None, count / n):
+                grad = grad.unflatten(dim, (n, count // n)).sum(dim + 1)
+                continue
+            row = grad.movedim(dim, -1)
+            zeros = torch.zeros((*row.shape[:-1], n), dtype=grad.dtype, device=grad.device)
+            taken = _nearest(count, n, scale, centre, grad)
+            grad = zeros.index_add(-1, taken, row).movedim(-1, dim)
+        return grad
+
+    return backward

@@ -16,7 +16,7 @@ BLOCK = 32
 
 
 def _scan(
-    row: torch.Tensor, reduce: Callable, join: Callable, neutral: float | int
+    row: torch.Tensor, reduce: Callable, join: Callable, neutral: float
 ) -> torch.Tensor:
     """Scans the last dimension. `reduce(x)` over the last dimension, `join(a, b)` of two results,
     `neutral`: what changes neither."""
