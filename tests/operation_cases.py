@@ -8,6 +8,7 @@ gives one verdict per operation and type.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +38,17 @@ _SPECIAL = "entr log_ndtr ndtr xlog1py"
 # Kernels of their own, with tests of their own (`test_convolution`, `test_attention`).
 _ELSEWHERE = ("nn.functional.conv", "nn.functional.scaled_dot_product_attention")
 # Only sizes and types can be compared: what they draw or leave uninitialised is not defined.
-_DRAWN = """bernoulli empty empty_like empty_permuted empty_strided exponential multinomial new_empty
-    new_empty_strided nn.functional.alpha_dropout nn.functional.dropout nn.functional.dropout2d
-    nn.functional.dropout3d nn.functional.feature_alpha_dropout.with_train
+_DRAWN = """bernoulli empty empty_like empty_permuted empty_strided exponential multinomial
+    new_empty new_empty_strided nn.functional.alpha_dropout nn.functional.dropout
+    nn.functional.dropout2d nn.functional.dropout3d nn.functional.feature_alpha_dropout.with_train
     nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
     nn.functional.multi_head_attention_forward nn.functional.rrelu normal normal.in_place
     normal.number_mean rand_like randint randint_like randn randn_like uniform"""
 SHAPE_ONLY = frozenset(_DRAWN.split())
+# Only the first result is compared: the others are what a device keeps for its own backward pass.
+FIRST_ONLY = frozenset(
+    "_batch_norm_with_update _native_batch_norm_legit native_batch_norm".split()  # noqa: SIM905
+)
 
 
 def name_of(op: OpInfo) -> str:
@@ -149,12 +154,15 @@ def _tensors(result: Any) -> list[Any]:
     return [a if isinstance(a, torch.Tensor) else torch.as_tensor(a) for a in leaves]
 
 
-def results(function: Callable, sample: SampleInput) -> tuple[list[Any], list[Any]]:
-    """Values, and gradients of their sum weighted with fixed random numbers."""
+def results(
+    function: Callable, sample: SampleInput, several: int | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Values, and gradients of the sum of the first `several` (None: of all), weighted with fixed
+    random numbers."""
     torch.manual_seed(1)
     out = _tensors(function(sample.input, *sample.args, **sample.kwargs))
     given = [a for a in _leaves(sample) if isinstance(a, torch.Tensor) and a.requires_grad]
-    through = [t for t in out if t.requires_grad]
+    through = [t for t in out if t.requires_grad and t.numel()][:several]
     if not given or not through:
         return out, []
     draw = torch.Generator().manual_seed(2)
@@ -225,6 +233,8 @@ def check(op: OpInfo, sample: SampleInput, function: Callable | None = None) -> 
     want, want_grads = results(op.op, placed(sample, "cpu"))
     exact, exact_grads = more_exact(op, sample)
     got, got_grads = results(function or op.op, here)
+    if name_of(op) in FIRST_ONLY:
+        got, want, exact = got[:1], want[:1], exact[:1]
     if len(got) != len(want) or len(got_grads) != len(want_grads):
         raise Difference(f"{len(got)} results, not {len(want)}")
     if name_of(op) in SHAPE_ONLY:
@@ -254,11 +264,12 @@ def accepted(op: OpInfo, sample: SampleInput) -> bool:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the message says what cannot run, where and what to do."""
+    """Whether the message says what cannot run, where and what to do, in words for users: not what
+    some assertion inside of torch or of us says."""
     text = str(error)
-    return isinstance(error, (NotImplementedError, TypeError)) and (
-        "on device pagoda" in text or "one of the chip's" in text
-    )
+    inside = re.search(r"device pagoda: \w*(Error|Exception)\b", text)
+    named = "on device pagoda" in text or "one of the chip's" in text
+    return isinstance(error, (NotImplementedError, TypeError)) and named and not inside
 
 
 def judge(op: OpInfo, dtype: torch.dtype, count: int = 2) -> Verdict:

@@ -89,6 +89,12 @@ def test_operation(function, args, compiled):
     both(function, *args, compiled=compiled)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 1), (1, 4), (3, 1), (3, 4)])
+def test_every_bias_is_broadcast(shape):
+    """The kernel adds one row; a scalar or a column is not one."""
+    both(torch.addmm, values(*shape), values(3, 5), values(5, 4))
+
+
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_cells(cell):
     module = cell(3, 5)

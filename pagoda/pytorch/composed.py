@@ -93,6 +93,22 @@ def _gru_cell(
     return new + z * (hx - new), z
 
 
+def _rrelu(
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    lower: float = 0.125,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    if not training:
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+    drawn = torch.empty_like(x).uniform_(lower, upper, generator=generator)
+    slope = torch.where(x <= 0, drawn, 1)
+    noise.copy_(slope)
+    return x * slope
+
+
 # torch's own decompositions, whose gradients follow.
 _TORCHS = (
     "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
@@ -111,9 +127,21 @@ _OURS: dict[str, Callable] = {
     "_cdist_forward": losses.pairwise_distances,
     "_pdist_forward": losses.own_distances,
     "renorm": _renorm,
+    "rrelu_with_noise": _rrelu,
     "_ctc_loss": losses.ctc_loss,
     "_ctc_loss.Tensor": losses.ctc_loss,
 }
+
+def _one_operation(op: Any) -> Callable:
+    """Operations that torch would take apart on this device, into ones that write arguments."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from pagoda.pytorch import eager
+
+        return eager.run(op, args, kwargs)
+
+    return run
+
 
 _library = torch.library.Library("aten", "IMPL")  # must stay alive
 
@@ -122,6 +150,8 @@ def _register() -> None:
     for name, composed in _OURS.items():
         for key in ("AutogradPrivateUse1", "PrivateUse1"):
             _library.impl(name, torch._disable_dynamo(composed), key)
+    for op in (aten.cummax.default, aten.cummin.default):
+        _library.impl(op.name(), torch._disable_dynamo(_one_operation(op)), "PrivateUse1")
     for name in _TORCHS:
         op = getattr(aten, name).default
         composed = get_decompositions([op])[op]

@@ -9,7 +9,15 @@ import torch
 from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
 
-from pagoda.pytorch import functions, pooling, resampling, scans, scatters, sorting
+from pagoda.pytorch import (
+    functions,
+    integers,
+    pooling,
+    resampling,
+    scans,
+    scatters,
+    sorting,
+)
 
 aten = torch.ops.aten
 
@@ -70,15 +78,52 @@ _MORE = [
     aten._adaptive_avg_pool2d_backward,
 ]
 
-_INDUCTORS_INDEX_ADD = select_decomp_table()[aten.index_add.default]
+def _inductors(op: Any) -> Callable:
+    """Inductor's decomposition, if it has one."""
+    return select_decomp_table().get(op, lambda *args, **kwargs: NotImplemented)
+
+
+def _either(ours: Callable, op: Any) -> Callable:
+    """Ours, or what Inductor does where ours does not apply."""
+    theirs = _inductors(op)
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        result = ours(*args, **kwargs)
+        return theirs(*args, **kwargs) if result is NotImplemented else result
+
+    return decomposed
+
+
+def _addmm(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    if a.is_floating_point():
+        return NotImplemented
+    return _joined(bias, torch.mm(a, b), beta, alpha)
+
+
+_INDUCTORS_INDEX_ADD = _inductors(aten.index_add.default)
 
 _OURS: dict[Any, Callable] = {
     aten.addbmm.default: _addbmm,
     aten.baddbmm.default: _baddbmm,
     aten.index_add.default: _index_add,
+    **{op: scatters.narrowed(op, _inductors(op))
+       for op in (aten.index_put.default, aten.scatter_add.default)},
     aten.uniform.default: _uniform,
     aten.hardshrink_backward.default: _hardshrink_backward,
     aten.softshrink_backward.default: _hardshrink_backward,
+    aten.pow.Tensor_Tensor: _either(integers.power, aten.pow.Tensor_Tensor),
+    aten.pow.Scalar: _either(integers.power, aten.pow.Scalar),
+    aten.gcd.default: integers.gcd,
+    aten.nonzero_static.default: scatters.nonzero_static,
+    aten.fractional_max_pool2d.default: pooling.fractional_max_pool_2d,
+    aten.fractional_max_pool3d.default: pooling.fractional_max_pool_3d,
+    aten.mm.default: integers.product(_inductors(aten.mm.default)),
+    aten.bmm.default: integers.product(_inductors(aten.bmm.default)),
+    aten.addmm.default: _either(_addmm, aten.addmm.default),
+    aten.tril_indices.default: integers.tril_indices,
+    aten.triu_indices.default: integers.triu_indices,
     aten.cumsum.default: scans.cumsum,
     aten.cumprod.default: scans.cumprod,
     aten.cummax.default: scans.cummax,

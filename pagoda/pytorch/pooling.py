@@ -142,6 +142,41 @@ def adaptive_max_2d(x: torch.Tensor, output_size: Sequence[Any]) -> Any:
     return adaptive_max(x, output_size) if math.prod(longest) > LARGE else NotImplemented
 
 
+def _fractional_max(dims: int, x, kernel_size, output_size, random_samples) -> Any:
+    """Windows of one size at places drawn at random, as in ATen's FractionalMaxPool."""
+    windows = []
+    for d in range(dims):
+        n, count, size = x.shape[x.dim() - dims + d], output_size[d], kernel_size[d]
+        # 3-d draws come in the order depth, height, width; 2-d ones as width, height.
+        drawn = random_samples[..., d if dims == 3 else 1 - d][..., None].float()
+        step = (n - size) / (count - 1) if count > 1 else 0.0
+        place = torch.arange(count, device=x.device)
+        begin = torch.trunc((place + drawn) * step).int() - torch.trunc(drawn * step).int()
+        begin = torch.where(place == count - 1, n - size, begin)  # [n, c, count]
+        windows.append(begin[..., None] + torch.arange(size, device=x.device))
+    taken = x if x.dim() == dims + 2 else x[None]
+    lead = taken.shape[:2]
+    places, position = [], None
+    for d, place in enumerate(windows):
+        shape = [1] * (2 * dims)
+        shape[d], shape[dims + d] = place.shape[-2:]
+        place = place.expand(*lead, *place.shape[-2:]).reshape(*lead, *shape)
+        places.append(place)
+        length = x.shape[x.dim() - dims + d]
+        position = place if position is None else position * length + place
+    first = torch.arange(lead[0], device=x.device).reshape(-1, *[1] * (2 * dims + 1))
+    second = torch.arange(lead[1], device=x.device).reshape(-1, *[1] * (2 * dims))
+    values = taken[(first, second, *places)].flatten(-dims)
+    which = values.argmax(-1, keepdim=True)
+    position = position.flatten(-dims).gather(-1, which).squeeze(-1)
+    values = values.gather(-1, which).squeeze(-1)
+    return (values, position) if x.dim() == dims + 2 else (values[0], position[0])
+
+
+fractional_max_pool_2d = functools.partial(_fractional_max, 2)
+fractional_max_pool_3d = functools.partial(_fractional_max, 3)
+
+
 def _average(dims: int, x, kernel_size, stride=(), padding=0, ceil_mode=False,
              count_include_pad=True, divisor_override=None):  # fmt: skip
     """Sums over one dimension after the other, divided by what each window counts."""

@@ -16,19 +16,24 @@ BLOCK = 32
 
 
 def _scan(
-    row: torch.Tensor, reduce: Callable, join: Callable, neutral: float
+    row: torch.Tensor,
+    reduce: Callable,
+    join: Callable,
+    neutral: float,
+    quadratic: bool = False,
 ) -> torch.Tensor:
     """Scans the last dimension. `reduce(x)` over the last dimension, `join(a, b)` of two results,
-    `neutral`: what changes neither."""
+    `neutral`: what changes neither. `quadratic`: without blocks (of a symbolic number of blocks, it
+    is not known how often they would have to be joined)."""
     count = row.shape[-1]
-    if not isinstance(count, int) or count <= 2 * BLOCK:
+    if quadratic or (isinstance(count, int) and count <= 2 * BLOCK):
         places = torch.arange(count, device=row.device)
         seen = places[None, :] <= places[:, None]
         return reduce(torch.where(seen, row[..., None, :], neutral))
-    blocks = -(-count // BLOCK)
+    blocks = (count + BLOCK - 1) // BLOCK
     padded = torch.nn.functional.pad(row, (0, blocks * BLOCK - count), value=neutral)
-    inner = _scan(padded.unflatten(-1, (blocks, BLOCK)), reduce, join, neutral)
-    ends = _scan(inner[..., -1], reduce, join, neutral)
+    inner = _scan(padded.reshape(*row.shape[:-1], blocks, BLOCK), reduce, join, neutral)
+    ends = _scan(inner[..., -1], reduce, join, neutral, not isinstance(count, int))
     before = torch.nn.functional.pad(ends[..., :-1], (1, 0), value=neutral)
     return join(before[..., None], inner).flatten(-2)[..., :count]
 

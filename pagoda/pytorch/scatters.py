@@ -6,11 +6,14 @@ which is quadratic, and meant for classes, experts and bins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pagoda.pytorch.scans import highest, lowest
+from pagoda.pytorch.scans import cumsum, highest, lowest
+
+aten = torch.ops.aten
 
 
 def _placed(x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor) -> Any:
@@ -91,6 +94,21 @@ def _mean(x, dim, index, src, include_self):
     return torch.div(total, counts, rounding_mode="floor")
 
 
+def narrowed(op: Any, otherwise: Callable) -> Callable:
+    """`index_put`, `scatter_add` and the like, adding integers of 64 bits and truth values in 32
+    bits: Inductor has no loops for them."""
+
+    def add(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        accumulates = op is not aten.index_put.default or (len(args) > 2 and args[2])
+        if x.dtype not in (torch.int64, torch.bool) or not accumulates:
+            return otherwise(x, *args, **kwargs)
+        *first, source = args[:2] if op is aten.index_put.default else args
+        added = op(x.int(), *first, source.int(), *args[2:] if op is aten.index_put.default else ())
+        return added.to(x.dtype)
+
+    return add
+
+
 def index_reduce(
     x: torch.Tensor,
     dim: int,
@@ -135,3 +153,19 @@ def bucketize(
         values = torch.full((), values, device=boundaries.device)
     after = boundaries > values[..., None] if right else boundaries >= values[..., None]
     return (~after).sum(-1).to(torch.int32 if out_int32 else torch.int64)
+
+
+def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> torch.Tensor:
+    """The first `size` positions [size, dims] of elements that are not 0, then `fill_value`."""
+    wanted = torch.arange(size, device=x.device)
+    found = x.reshape(-1) != 0
+    rank = cumsum(found, 0)  # the position of element k of them is where the rank becomes k + 1
+    place = (rank <= wanted[:, None]).sum(-1)
+    columns = []
+    for n in reversed(x.shape):
+        columns.insert(0, place % n)
+        place = place // n
+    if not columns:
+        return torch.zeros((size, 0), dtype=torch.int64, device=x.device)
+    missing = wanted >= found.sum()
+    return torch.where(missing[:, None], fill_value, torch.stack(columns, -1))
