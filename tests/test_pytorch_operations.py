@@ -74,6 +74,9 @@ def values(*shape, grad=True):
             lambda x: F.fold(x, (5, 6), (3, 3), padding=1), (values(1, 18, 30),)
         ),
         "bits of integers": (lambda x: (x & 3) | (x ^ 5), (torch.arange(-6, 9),)),
+        "fmod of integers": (
+            lambda x: torch.fmod(x, torch.full_like(x, 6)), (torch.arange(-9, 9),)
+        ),
         "fmod by a number": (lambda x: torch.fmod(x, 2), (values(9),)),
         "cumprod": (lambda x: x.cumprod(1), (values(3, 7),)),
         "bilinear": (

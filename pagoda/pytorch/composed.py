@@ -122,6 +122,7 @@ _OURS: dict[str, Callable] = {
     "_adaptive_avg_pool3d": pooling.adaptive_average_3d,
     "_upsample_bilinear2d_aa": resampling.bilinear,
     "_upsample_bicubic2d_aa": resampling.bicubic,
+    "grid_sampler_3d": resampling.grid_sampler_3d,
     "_embedding_bag": losses.embedding_bag,
     "_embedding_bag_forward_only": losses.embedding_bag,
     "_cdist_forward": losses.pairwise_distances,

@@ -51,6 +51,15 @@ def _index_add(
     return added.to(x.dtype)
 
 
+def _logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None,
+              device: Any = None, **options: Any) -> Any:  # fmt: skip
+    dtype = dtype or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        return NotImplemented
+    exponents = torch.linspace(start, end, steps, dtype=torch.float32, device=device)
+    return torch.pow(base, exponents).to(dtype)
+
+
 def _hardshrink_backward(grad: torch.Tensor, x: torch.Tensor, lambd: float) -> torch.Tensor:
     return torch.where((x >= -lambd) & (x <= lambd), 0, grad)
 
@@ -111,6 +120,7 @@ _OURS: dict[Any, Callable] = {
     **{op: scatters.narrowed(op, _inductors(op))
        for op in (aten.index_put.default, aten.scatter_add.default)},
     aten.uniform.default: _uniform,
+    aten.logspace.default: _logspace,
     aten.hardshrink_backward.default: _hardshrink_backward,
     aten.softshrink_backward.default: _hardshrink_backward,
     aten.pow.Tensor_Tensor: _either(integers.power, aten.pow.Tensor_Tensor),

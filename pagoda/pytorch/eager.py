@@ -42,7 +42,7 @@ HOST_ALLOWED: dict[str, str] = {
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2",
+        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique", "aten._unique2",
          "aten.unique_dim", "aten.unique_consecutive", "aten.bincount"),
         "bookkeeping on small tensors",
     ),

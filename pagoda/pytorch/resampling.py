@@ -1,5 +1,5 @@
 """Resizing of images: with antialiasing, by one matrix of weights for each direction, and the
-gradient of resizing to the nearest element."""
+gradient of resizing to the nearest element; and volumes sampled on a grid."""
 
 from __future__ import annotations
 
@@ -94,3 +94,56 @@ def nearest_backward(centre: float) -> Callable:
         return grad
 
     return backward
+
+
+_LINEAR, _NEAREST = 0, 1
+_BORDER, _REFLECTION = 1, 2
+
+
+def _coordinate(grid: torch.Tensor, n: int, padding: int, align: bool) -> torch.Tensor:
+    """Places in an axis of `n` elements from -1 .. 1, as in ATen's GridSampler."""
+    place = (grid + 1) / 2 * (n - 1) if align else ((grid + 1) * n - 1) / 2
+    if padding == _REFLECTION:
+        low, span = (0.0, n - 1.0) if align else (-0.5, float(n))
+        if span == 0:
+            return torch.zeros_like(place)
+        far = (place - low).abs()
+        flips, rest = torch.floor(far / span), torch.fmod(far, span)
+        place = torch.where(torch.fmod(flips, 2) == 0, rest, span - rest) + low
+    return place.clamp(0, n - 1) if padding in (_BORDER, _REFLECTION) else place
+
+
+def grid_sampler_3d(
+    x: torch.Tensor, grid: torch.Tensor, mode: int, padding: int, align: bool
+) -> torch.Tensor:
+    """x [n, c, d, h, w] at grid [n, od, oh, ow, 3] (across, down, deep) -> [n, c, od, oh, ow]."""
+    sizes = x.shape[-3:]
+    places = [_coordinate(grid[..., 2 - k], sizes[k], padding, align) for k in range(3)]
+    image = torch.arange(x.shape[0], device=x.device).reshape(-1, 1, 1, 1)
+
+    def at(corner: list[torch.Tensor]) -> torch.Tensor:  # [n, od, oh, ow, c]
+        inside = torch.ones_like(corner[0], dtype=torch.bool)
+        indices = []
+        for place, n in zip(corner, sizes, strict=True):
+            inside = inside & (place >= 0) & (place <= n - 1)
+            indices.append(place.clamp(0, n - 1).to(torch.int64))
+        taken = x.movedim(1, -1)[(image, *indices)]
+        return torch.where(inside[..., None], taken, 0)
+
+    if mode == _NEAREST:
+        return at([torch.round(place) for place in places]).movedim(-1, 1)
+    if mode != _LINEAR:
+        raise NotImplementedError(
+            "operation aten.grid_sampler_3d.default cannot run on device pagoda: volumes are "
+            'sampled with mode "bilinear" or "nearest" only. Use one of them.'
+        )
+    floors = [torch.floor(place) for place in places]
+    total: Any = 0
+    for number in range(8):
+        ups = [number >> k & 1 for k in range(3)]
+        weight: Any = 1
+        for place, floor, up in zip(places, floors, ups, strict=True):
+            weight = weight * (place - floor if up else floor + 1 - place)
+        corner = [floor + up for floor, up in zip(floors, ups, strict=True)]
+        total = total + at(corner) * weight[..., None]
+    return total.movedim(-1, 1)
