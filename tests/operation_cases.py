@@ -46,9 +46,10 @@ _DRAWN = """bernoulli empty empty_like empty_permuted empty_strided exponential 
     normal.number_mean rand_like randint randint_like randn randn_like uniform"""
 SHAPE_ONLY = frozenset(_DRAWN.split())
 # Only the first result is compared: the others are what a device keeps for its own backward pass.
-FIRST_ONLY = frozenset(
-    "_batch_norm_with_update _native_batch_norm_legit native_batch_norm".split()  # noqa: SIM905
-)
+FIRST_ONLY = (
+    "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm",
+    "native_group_norm", "native_layer_norm",
+)  # fmt: skip
 
 
 def name_of(op: OpInfo) -> str:

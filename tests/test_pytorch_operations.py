@@ -95,7 +95,7 @@ def test_operation(function, args, compiled):
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 1), (1, 4), (3, 1), (3, 4)])
 def test_every_bias_is_broadcast(shape):
     """The kernel adds one row; a scalar or a column is not one."""
-    both(torch.addmm, values(*shape), values(3, 5), values(5, 4))
+    both(torch.addmm, torch.randn(shape, requires_grad=True), values(3, 5), values(5, 4))
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
@@ -172,3 +172,24 @@ def test_sizes_and_negative_numbers_vary():
         target[0] = -100
         want = F.cross_entropy(logits, target)
         torch.testing.assert_close(F.cross_entropy(logits.to(P), target.to(P)).cpu(), want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "instead"),
+    [(torch.float64, "float32"), (torch.float16, "float32 or bfloat16"), (torch.int16, "int32")],
+)
+def test_types_that_are_only_stored(dtype, instead):
+    x = torch.ones(3, dtype=dtype)
+    assert torch.equal(x.to(P).cpu(), x)
+    with pytest.raises(NotImplementedError) as raised:
+        x.to(P) + x.to(P)
+    assert str(raised.value) == (
+        f"operation aten.add.out cannot run on device pagoda: the chip stores {dtype} but cannot "
+        f"compute with it. Use {instead}: convert tensors with .to(dtype) before they are moved to "
+        "the device."
+    )
+
+
+def test_constants_fold_while_compiling():
+    run = torch.compile(lambda x: torch.full_like(x, -2.0).abs() + x, backend=P)
+    assert run(torch.ones(3, device=P)).tolist() == [3, 3, 3]

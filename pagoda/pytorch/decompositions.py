@@ -126,6 +126,7 @@ _OURS: dict[Any, Callable] = {
     aten.pow.Tensor_Tensor: _either(integers.power, aten.pow.Tensor_Tensor),
     aten.pow.Scalar: _either(integers.power, aten.pow.Scalar),
     aten.gcd.default: integers.gcd,
+    aten.take.default: scatters.take,
     aten.nonzero_static.default: scatters.nonzero_static,
     aten.fractional_max_pool2d.default: pooling.fractional_max_pool_2d,
     aten.fractional_max_pool3d.default: pooling.fractional_max_pool_3d,

@@ -155,6 +155,10 @@ def bucketize(
     return (~after).sum(-1).to(torch.int32 if out_int32 else torch.int64)
 
 
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1)[index]
+
+
 def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> torch.Tensor:
     """The first `size` positions [size, dims] of elements that are not 0, then `fill_value`."""
     wanted = torch.arange(size, device=x.device)
