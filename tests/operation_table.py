@@ -137,7 +137,8 @@ def main() -> None:
 
         names = arguments.run or list(OPERATIONS)
         run(names, arguments.results, arguments.samples, arguments.types)
-    DOCUMENT.write_text(document(json.loads(RESULTS.read_text())))
+    if arguments.results == RESULTS:
+        DOCUMENT.write_text(document(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,24 @@ def _masked_scatter_(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) 
     return x.index_put_(where.unbind(1), source.reshape(-1)[: where.shape[0]])
 
 
+def _repeated_positions(repeats: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
+    """Position k as often as `repeats[k]` says. Without `output_size` their sum is read back."""
+    ends = repeats.cumsum(0)
+    count = output_size if output_size is not None else int(ends[-1].item()) if len(ends) else 0
+    place = torch.arange(count, device=repeats.device)
+    return torch.searchsorted(ends, place, right=True).to(repeats.dtype)
+
+
+def _bincount(
+    x: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0
+) -> torch.Tensor:
+    """How many bins there are is read back from the device."""
+    bins = max(int(x.max().item()) + 1, minlength) if x.numel() else minlength
+    what = torch.ones_like(x, dtype=torch.int64) if weights is None else weights.float()
+    found = torch.zeros(bins, dtype=what.dtype, device=x.device)
+    return found.index_add_(0, x.to(torch.int64), what)
+
+
 def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
     """What autograd takes for gradients that are 0; elsewhere it has no memory."""
     return torch.zeros(size, **options)
@@ -48,6 +66,8 @@ def _renorm(x: torch.Tensor, p: float, dim: int, maxnorm: float) -> torch.Tensor
 
 REWRITTEN: dict[Any, Callable] = {
     aten._efficientzerotensor.default: _zeros,
+    aten.bincount.default: _bincount,
+    aten.repeat_interleave.Tensor: _repeated_positions,
     aten.equal.default: _equal,
     aten.masked_select.default: _masked_select,
     aten.masked_scatter_.default: _masked_scatter_,

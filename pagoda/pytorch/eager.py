@@ -43,7 +43,7 @@ HOST_ALLOWED: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique", "aten._unique2",
-         "aten.unique_dim", "aten.unique_consecutive", "aten.bincount"),
+         "aten.unique_dim", "aten.unique_consecutive"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -161,8 +161,10 @@ def _require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether this sorts rows that are short enough for the chip."""
-    if op.overloadpacket not in (aten.sort, aten.topk) or not args[0].dim():
+    if op.overloadpacket not in (aten.sort, aten.topk):
         return False
+    if not args[0].dim():
+        return True
     position = [a.name for a in op._schema.arguments].index("dim")
     dim = args[position] if position < len(args) else kwargs.get("dim", -1)
     return args[0].shape[dim] <= sorting.LIMIT

@@ -156,7 +156,7 @@ def bucketize(
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1)[index]
+    return aten.index.Tensor(x.reshape(-1), [index])
 
 
 def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> torch.Tensor:

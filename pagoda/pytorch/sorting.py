@@ -13,20 +13,28 @@ import torch
 from pagoda.pytorch.scans import highest
 
 LIMIT = 2048  # longer rows are refused
+_FEW = 64  # up to so many are looked for one by one
+
+
+def _keys(row: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the floats, far from the ends of their range; NaN is the largest."""
+    bits = (row.float() + 0.0).view(torch.int32)  # -0 becomes +0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return torch.where(torch.isnan(row), 0x7F800001, ordered)
 
 
 def _ranks(row: torch.Tensor, descending: bool) -> torch.Tensor:
-    """For each element of the last dimension its place in the stable order; NaN is the largest."""
-    mine, other = row[..., :, None], row[..., None, :]
+    """For each element of the last dimension its place in the stable order."""
     places = torch.arange(row.shape[-1], device=row.device)
     earlier = places[None, :] < places[:, None]
-    first = other > mine if descending else other < mine
-    same = other == mine
     if row.is_floating_point():
-        mine_nan, other_nan = torch.isnan(mine), torch.isnan(other)
-        wins = other_nan & ~mine_nan if descending else mine_nan & ~other_nan
-        first, same = first | wins, same | (mine_nan & other_nan)
-    return (first | (same & earlier)).sum(-1)
+        keys = _keys(row)
+        mine, other = keys[..., :, None], keys[..., None, :]
+        first = other + earlier > mine if descending else other < mine + earlier
+        return first.sum(-1)
+    mine, other = row[..., :, None], row[..., None, :]
+    first = other > mine if descending else other < mine
+    return (first | ((other == mine) & earlier)).sum(-1)
 
 
 def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:
@@ -36,9 +44,13 @@ def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:
     if row.shape[-1] > LIMIT:
         return NotImplemented
     ranks = _ranks(row, descending)
-    wanted = torch.arange(count, device=x.device)[:, None]
     places = torch.arange(row.shape[-1], device=x.device)
-    indices = torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
+    if isinstance(count, int) and count <= _FEW:
+        wanted = torch.arange(count, device=x.device)[:, None]
+        indices = torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
+    else:
+        places = places.expand(row.shape)
+        indices = torch.zeros_like(ranks).scatter(-1, ranks, places)[..., :count]
     values = row.gather(-1, indices)
     return values.movedim(-1, dim).contiguous(), indices.movedim(-1, dim).contiguous()
 
