@@ -84,6 +84,21 @@ def values(*shape, grad=True):
         ),
         "adaptive average pooling": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
                                      (values(1, 2, 5, 7),)),
+        "bags of embeddings": (
+            lambda w, i, o: F.embedding_bag(i, w, o, mode="mean", padding_idx=2),
+            (values(7, 3), torch.tensor([1, 2, 4, 5, 4, 3]), torch.tensor([0, 0, 4])),
+        ),
+        "ctc": (
+            lambda x, t: F.ctc_loss(x.log_softmax(-1), t, (6, 5), (3, 2), reduction="none"),
+            (values(6, 2, 5), torch.tensor([[1, 2, 1], [2, 2, 3]])),
+        ),
+        "distances": (torch.cdist, (values(3, 4), values(5, 4))),
+        "largest of what goes to a place": (
+            lambda x, i: x.new_zeros(3, 4).scatter_reduce(1, i, x, "amax"),
+            (values(3, 5), torch.tensor([[0, 1, 1, 3, 0]] * 3)),
+        ),
+        "quantile": (lambda x: x.quantile(0.3, 1), (values(3, 9),)),
+        "median": (lambda x: x.median(1), (values(3, 9),)),
         "topk": (lambda x: torch.topk(x, 3), (values(4, 9),)),
         "sort": (lambda x: x.sort(0, descending=True), (values(8, 3),)),
     }.values(),

@@ -213,10 +213,11 @@ def _divisor(x, counts, size, stride, padding, count_include_pad, divisor_overri
 
 def _average_backward(dims: int, op: Any, grad, x, kernel_size, stride, padding, ceil_mode,
                       count_include_pad, divisor_override):  # fmt: skip
+    given = (list(kernel_size), list(stride), list(padding))
     size, padding = _full(kernel_size, dims), _full(padding, dims)
     stride = _full(stride, dims) if stride not in ((), [], None) else size
     if math.prod(size) <= LARGE:
-        if len(kernel_size) == dims:
+        if given == (size, stride, padding):  # else spell it out: Inductor knows no shorter form
             return NotImplemented
         return op(grad, x, size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     counts = list(grad.shape[-dims:])
