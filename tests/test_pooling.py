@@ -33,6 +33,7 @@ CASES = {
     "maxima of small volumes": (lambda x: F.max_pool3d(x, 2, 2, 1, 1, True, True), VOLUME),
     "adaptive maxima of volumes": (lambda x: F.adaptive_max_pool3d(x, (2, 3, 5), True), VOLUME),
     "adaptive maxima, large": (lambda x: F.adaptive_max_pool2d(x, (1, 2), True), IMAGE),
+    "adaptive maxima, even": (lambda x: F.adaptive_max_pool2d(x, (1, 1), True), IMAGE),
     "adaptive maxima, small": (lambda x: F.adaptive_max_pool2d(x, (4, 4), True), IMAGE),
     "adaptive means of volumes": (lambda x: F.adaptive_avg_pool3d(x, (2, 3, 5)), VOLUME),
     "nearest, by a factor of its own": (lambda x: F.interpolate(x, scale_factor=1.7), IMAGE),

@@ -155,7 +155,9 @@ _OURS: dict[Any, Callable] = {
     aten.bucketize.Scalar: scatters.bucketize,
     aten.avg_pool2d.default: pooling.avg_pool_2d,
     aten.avg_pool3d.default: pooling.avg_pool_3d,
-    aten.adaptive_max_pool2d.default: pooling.adaptive_max_2d,
+    aten.adaptive_max_pool2d.default: _either(
+        pooling.adaptive_max_2d, aten.adaptive_max_pool2d.default
+    ),
     aten.adaptive_max_pool3d.default: pooling.adaptive_max,
     aten.avg_pool2d_backward.default: pooling.avg_pool_backward_2d,
     aten.avg_pool3d_backward.default: pooling.avg_pool_backward_3d,

@@ -138,8 +138,12 @@ def adaptive_max(x: torch.Tensor, output_size: Sequence[Any]) -> Any:
 
 
 def adaptive_max_2d(x: torch.Tensor, output_size: Sequence[Any]) -> Any:
-    longest = [-(-n // count) + 1 for n, count in zip(x.shape[-2:], output_size, strict=True)]
-    return adaptive_max(x, output_size) if math.prod(longest) > LARGE else NotImplemented
+    """Uneven large windows; the others are torch's, of which even ones are ordinary pooling."""
+    pairs = list(zip(x.shape[-2:], output_size, strict=True))
+    if 0 in output_size or all(n % count == 0 for n, count in pairs):
+        return NotImplemented
+    longest = math.prod(-(-(n + count - 1) // count) for n, count in pairs)
+    return adaptive_max(x, output_size) if longest > LARGE else NotImplemented
 
 
 def _fractional_max(dims: int, x, kernel_size, output_size, random_samples) -> Any:
