@@ -75,6 +75,9 @@ def values(*shape, grad=True):
             lambda x: F.fold(x, (5, 6), (3, 3), padding=1), (values(1, 18, 30),)
         ),
         "bits of integers": (lambda x: (x & 3) | (x ^ 5), (torch.arange(-6, 9),)),
+        "fmod of integers": (
+            lambda x: torch.fmod(x, torch.full_like(x, 6)), (torch.arange(-9, 9),)
+        ),
         "fmod by a number": (lambda x: torch.fmod(x, 2), (values(9),)),
         "cumprod": (lambda x: x.cumprod(1), (values(3, 7),)),
         "bilinear": (
@@ -82,12 +85,33 @@ def values(*shape, grad=True):
         ),
         "adaptive average pooling": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
                                      (values(1, 2, 5, 7),)),
+        "bags of embeddings": (
+            lambda w, i, o: F.embedding_bag(i, w, o, mode="mean", padding_idx=2),
+            (values(7, 3), torch.tensor([1, 2, 4, 5, 4, 3]), torch.tensor([0, 0, 4])),
+        ),
+        "ctc": (
+            lambda x, t: F.ctc_loss(x.log_softmax(-1), t, (6, 5), (3, 2), reduction="none"),
+            (values(6, 2, 5), torch.tensor([[1, 2, 1], [2, 2, 3]])),
+        ),
+        "distances": (torch.cdist, (values(3, 4), values(5, 4))),
+        "largest of what goes to a place": (
+            lambda x, i: x.new_zeros(3, 4).scatter_reduce(1, i, x, "amax"),
+            (values(3, 5), torch.tensor([[0, 1, 1, 3, 0]] * 3)),
+        ),
+        "quantile": (lambda x: x.quantile(0.3, 1), (values(3, 9),)),
+        "median": (lambda x: x.median(1), (values(3, 9),)),
         "topk": (lambda x: torch.topk(x, 3), (values(4, 9),)),
         "sort": (lambda x: x.sort(0, descending=True), (values(8, 3),)),
     }.values(),
 )  # fmt: skip
 def test_operation(function, args, compiled):
     both(function, *args, compiled=compiled)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 1), (1, 4), (3, 1), (3, 4)])
+def test_every_bias_is_broadcast(shape):
+    """The kernel adds one row; a scalar or a column is not one."""
+    both(torch.addmm, torch.randn(shape, requires_grad=True), values(3, 5), values(5, 4))
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
@@ -168,3 +192,24 @@ def test_sizes_and_negative_numbers_vary():
         target[0] = -100
         want = F.cross_entropy(logits, target)
         torch.testing.assert_close(F.cross_entropy(logits.to(P), target.to(P)).cpu(), want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "instead"),
+    [(torch.float64, "float32"), (torch.float16, "float32 or bfloat16"), (torch.int16, "int32")],
+)
+def test_types_that_are_only_stored(dtype, instead):
+    x = torch.ones(3, dtype=dtype)
+    assert torch.equal(x.to(P).cpu(), x)
+    with pytest.raises(NotImplementedError) as raised:
+        x.to(P) + x.to(P)
+    assert str(raised.value) == (
+        f"operation aten.add.out cannot run on device pagoda: the chip stores {dtype} but cannot "
+        f"compute with it. Use {instead}: convert tensors with .to(dtype) before they are moved to "
+        "the device."
+    )
+
+
+def test_constants_fold_while_compiling():
+    run = torch.compile(lambda x: torch.full_like(x, -2.0).abs() + x, backend=P)
+    assert run(torch.ones(3, device=P)).tolist() == [3, 3, 3]

@@ -9,44 +9,65 @@ import torch
 from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
 
-from pagoda.pytorch import sorting
+from pagoda.pytorch import (
+    functions,
+    integers,
+    pooling,
+    resampling,
+    scans,
+    scatters,
+    sorting,
+)
 
 aten = torch.ops.aten
-
-
-def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A masked sum per element: quadratic in the size of `dim`, meant for positions and masks."""
-    if dtype is None:
-        dtype = x.dtype if x.is_floating_point() else torch.int64
-    if x.dim() == 0:
-        return x.to(dtype)
-    count = x.shape[dim]
-    positions = torch.arange(count, device=x.device)
-    seen = positions[None, :] <= positions[:, None]
-    row = x.movedim(dim, -1).to(dtype)
-    summed = torch.where(seen, row[..., None, :], 0).sum(-1, dtype=dtype)
-    return summed.movedim(-1, dim)
 
 
 def _baddbmm(
     bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    product = torch.bmm(a, b)
+    return _joined(bias, torch.bmm(a, b), beta, alpha)
+
+
+def _joined(bias: torch.Tensor, product: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
     return product + (bias if beta == 1 else bias * beta)
 
 
-def _cumprod(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    if dtype is None:
-        dtype = x.dtype if x.is_floating_point() else torch.int64
-    if x.dim() == 0:
-        return x.to(dtype)
-    positions = torch.arange(x.shape[dim], device=x.device)
-    seen = positions[None, :] <= positions[:, None]
-    row = x.movedim(dim, -1).to(dtype)
-    return torch.where(seen, row[..., None, :], 1).prod(-1, dtype=dtype).movedim(-1, dim)
+def _addbmm(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    return _joined(bias, torch.bmm(a, b).sum(0), beta, alpha)
+
+
+def _index_add(
+    x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, *, alpha: float = 1
+) -> Any:
+    """bfloat16 is added up in float32: Inductor has no loops for it."""
+    if x.dtype != torch.bfloat16:
+        return _INDUCTORS_INDEX_ADD(x, dim, index, source, alpha=alpha)
+    added = _INDUCTORS_INDEX_ADD(x.float(), dim, index, source.float(), alpha=alpha)
+    return added.to(x.dtype)
+
+
+def _logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None,
+              device: Any = None, **options: Any) -> Any:  # fmt: skip
+    dtype = dtype or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        return NotImplemented
+    exponents = torch.linspace(start, end, steps, dtype=torch.float32, device=device)
+    return torch.pow(base, exponents).to(dtype)
+
+
+def _hardshrink_backward(grad: torch.Tensor, x: torch.Tensor, lambd: float) -> torch.Tensor:
+    return torch.where((x >= -lambd) & (x <= lambd), 0, grad)
+
+
+def _uniform(
+    x: torch.Tensor, low: float = 0.0, high: float = 1.0, generator: Any = None
+) -> torch.Tensor:
+    return torch.rand_like(x) * (high - low) + low
 
 
 def _grouped_mm_backward(
@@ -61,8 +82,103 @@ _MORE = [
     aten.upsample_bilinear2d.out,
     aten.upsample_bicubic2d.default,
     aten.upsample_bicubic2d.out,
+    aten.upsample_trilinear3d.default,
+    aten.upsample_trilinear3d.out,
     aten._adaptive_avg_pool2d_backward,
 ]
+
+def _inductors(op: Any) -> Callable:
+    """Inductor's decomposition, if it has one."""
+    return select_decomp_table().get(op, lambda *args, **kwargs: NotImplemented)
+
+
+def _either(ours: Callable, op: Any) -> Callable:
+    """Ours, or what Inductor does where ours does not apply."""
+    theirs = _inductors(op)
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        result = ours(*args, **kwargs)
+        return theirs(*args, **kwargs) if result is NotImplemented else result
+
+    return decomposed
+
+
+def _addmm(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    if a.is_floating_point():
+        return NotImplemented
+    return _joined(bias, torch.mm(a, b), beta, alpha)
+
+
+_INDUCTORS_INDEX_ADD = _inductors(aten.index_add.default)
+
+_OURS: dict[Any, Callable] = {
+    aten.addbmm.default: _addbmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.index_add.default: _index_add,
+    **{op: scatters.narrowed(op, _inductors(op))
+       for op in (aten.index_put.default, aten.scatter_add.default)},
+    aten.uniform.default: _uniform,
+    aten.logspace.default: _logspace,
+    aten.hardshrink_backward.default: _hardshrink_backward,
+    aten.softshrink_backward.default: _hardshrink_backward,
+    aten.pow.Tensor_Tensor: _either(integers.power, aten.pow.Tensor_Tensor),
+    aten.pow.Scalar: _either(integers.power, aten.pow.Scalar),
+    aten.gcd.default: integers.gcd,
+    aten.take.default: scatters.take,
+    aten.nonzero_static.default: scatters.nonzero_static,
+    aten.fractional_max_pool2d.default: pooling.fractional_max_pool_2d,
+    aten.fractional_max_pool3d.default: pooling.fractional_max_pool_3d,
+    aten.mm.default: integers.product(_inductors(aten.mm.default)),
+    aten.bmm.default: integers.product(_inductors(aten.bmm.default)),
+    aten.addmm.default: _either(_addmm, aten.addmm.default),
+    aten.tril_indices.default: integers.tril_indices,
+    aten.triu_indices.default: integers.triu_indices,
+    aten.cumsum.default: scans.cumsum,
+    aten.cumprod.default: scans.cumprod,
+    aten.cummax.default: scans.cummax,
+    aten.cummin.default: scans.cummin,
+    aten._logcumsumexp.default: scans.logcumsumexp,
+    aten.logcumsumexp.default: scans.logcumsumexp,
+    aten.median.default: sorting.median,
+    aten.median.dim: sorting.median_along,
+    aten.nanmedian.default: sorting.nanmedian,
+    aten.nanmedian.dim: sorting.nanmedian_along,
+    aten.kthvalue.default: sorting.kthvalue,
+    aten.mode.default: sorting.mode,
+    aten.scatter_reduce.two: scatters.scatter_reduce,
+    aten.index_reduce.default: scatters.index_reduce,
+    aten.searchsorted.Tensor: scatters.searchsorted,
+    aten.searchsorted.Scalar: scatters.searchsorted,
+    aten.bucketize.Tensor: scatters.bucketize,
+    aten.bucketize.Scalar: scatters.bucketize,
+    aten.avg_pool2d.default: pooling.avg_pool_2d,
+    aten.avg_pool3d.default: pooling.avg_pool_3d,
+    aten.adaptive_max_pool2d.default: _either(
+        pooling.adaptive_max_2d, aten.adaptive_max_pool2d.default
+    ),
+    aten.adaptive_max_pool3d.default: pooling.adaptive_max,
+    aten.avg_pool2d_backward.default: pooling.avg_pool_backward_2d,
+    aten.avg_pool3d_backward.default: pooling.avg_pool_backward_3d,
+    aten.max_pool2d_with_indices_backward.default: pooling.max_pool_backward_2d,
+    aten.max_pool3d_with_indices_backward.default: pooling.max_pool_backward_3d,
+    aten.adaptive_max_pool2d_backward.default: pooling.adaptive_max_pool_backward_2d,
+    aten.adaptive_max_pool3d_backward.default: pooling.adaptive_max_pool_backward_3d,
+    aten.fractional_max_pool2d_backward.default: pooling.fractional_max_pool_backward_2d,
+    aten.fractional_max_pool3d_backward.default: pooling.fractional_max_pool_backward_3d,
+    aten.asinh.default: functions.asinh,
+    aten.acosh.default: functions.acosh,
+    aten.atanh.default: functions.atanh,
+    aten.copysign.Tensor: functions.copysign,
+    aten.copysign.Scalar: functions.copysign,
+    aten.hypot.default: functions.hypot,
+    aten.erfinv.default: functions.erfinv,
+    aten.lgamma.default: functions.lgamma,
+    aten.digamma.default: functions.digamma,
+    aten.polygamma.default: functions.polygamma,
+    aten.special_erfcx.default: functions.erfcx,
+}
 
 
 class _Table(dict):
@@ -75,7 +191,7 @@ class _Table(dict):
 
 def table() -> dict[Any, Callable]:
     """Inductor's decompositions, with ours."""
-    experts = {}
+    experts, inductors = {}, select_decomp_table()
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         experts[torch.ops.transformers.grouped_mm_fallback.default] = sorting.grouped_mm
         backward = torch.ops.transformers.grouped_mm_fallback_backward.default
@@ -87,9 +203,22 @@ def table() -> dict[Any, Callable]:
         aten.sort.stable: sorting.sort_stable,
         aten.histc.default: sorting.histc,
         aten._grouped_mm.default: sorting.grouped_mm,
-        **select_decomp_table(),
+        **inductors,
         **get_decompositions(_MORE),
-        aten.cumsum.default: _cumsum,
-        aten.cumprod.default: _cumprod,
-        aten.baddbmm.default: _baddbmm,
+        **_OURS,
+        **_nearest_gradients(),
+        _MAX_2D: pooling.max_pool(2, inductors[_MAX_2D]),
+        _MAX_3D: pooling.max_pool(3, inductors[_MAX_3D]),
     })
+
+
+_MAX_2D, _MAX_3D = aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default
+
+
+def _nearest_gradients() -> dict[Any, Callable]:
+    gradients = {}
+    for name, centre in (("upsample_nearest", 0.0), ("_upsample_nearest_exact", 0.5)):
+        for dims in (1, 2, 3):
+            op = getattr(aten, f"{name}{dims}d_backward").default
+            gradients[op] = resampling.nearest_backward(centre)
+    return gradients

@@ -38,11 +38,12 @@ aten = torch.ops.aten
 HOST_ALLOWED: dict[str, str] = {
     **dict.fromkeys(
         ("aten.normal_", "aten.uniform_", "aten.random_", "aten.exponential_", "aten.bernoulli_",
-         "aten.bernoulli", "aten.multinomial", "aten.randperm"),
+         "aten.bernoulli", "aten.multinomial", "aten.normal", "aten.randperm"),
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique2"),
+        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique", "aten._unique2",
+         "aten.unique_dim", "aten.unique_consecutive"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -80,6 +81,8 @@ compiling = threading.local()
 def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Computes one ATen operation on device tensors. Raises NotImplementedError, naming the
     operation, if it has no kernel on the chip."""
+    if _has_empty_result(op, kwargs):
+        return _resized(op, args, kwargs)
     if getattr(compiling, "active", False):
         return _host_compute(op, args, kwargs)
     if op in composed.REWRITTEN:
@@ -90,9 +93,7 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         op, args = aten.index_put_.default, args[:4]
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         args = (args[0], composed.positions(args[1]), *args[2:])
-    out = kwargs.get("out")
-    if isinstance(out, torch.Tensor) and out.numel() == 0:
-        return _resized(op, args, kwargs)
+    _require_types(op, args, kwargs)
     args = _tensors_for_numbers(op, args)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
@@ -126,21 +127,44 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     given = [a.data if isinstance(a, torch.Tensor) else a for a in passed]
     try:
         results = version.function(list(given))
-    except Unsupported:  # raised before anything runs
+    except Unsupported as error:  # raised before anything runs
         if not version.symbolic:
-            raise
+            raise NotImplementedError(_explain(op, error)) from error
         operation.versions.remove(version)
         version = _worker.submit(_compile, op, flat, spec, varying, twins, frozenset()).result()
         operation.versions.append(version)
         operation.exact[exact] = version
-        results = version.function(list(given))
+        try:
+            results = version.function(list(given))
+        except Unsupported as again:
+            raise NotImplementedError(_explain(op, again)) from again
     return _returned(op, args, kwargs, results)
+
+
+# Types that can be stored, not computed with, and what to take instead.
+_STORED_ONLY = {
+    torch.float64: "float32", torch.float16: "float32 or bfloat16", torch.int16: "int32",
+}  # fmt: skip
+
+
+def _require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    for value in pytree.tree_leaves((args, kwargs)):
+        on_host = isinstance(value, torch.Tensor) and value.device.type != device.NAME
+        kind = value.dtype if isinstance(value, torch.Tensor) and not on_host else value
+        if isinstance(kind, torch.dtype) and kind in _STORED_ONLY:
+            raise NotImplementedError(
+                f"operation {op} cannot run on device pagoda: the chip stores {kind} but cannot "
+                f"compute with it. Use {_STORED_ONLY[kind]}: convert tensors with .to(dtype) "
+                "before they are moved to the device."
+            )
 
 
 def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether this sorts rows that are short enough for the chip."""
-    if op.overloadpacket not in (aten.sort, aten.topk) or not args[0].dim():
+    if op.overloadpacket not in (aten.sort, aten.topk):
         return False
+    if not args[0].dim():
+        return True
     position = [a.name for a in op._schema.arguments].index("dim")
     dim = args[position] if position < len(args) else kwargs.get("dim", -1)
     return args[0].shape[dim] <= sorting.LIMIT
@@ -161,19 +185,29 @@ def _is_tensor(declared: Any) -> bool:
     return str(declared.type) in ("Tensor", "Optional[Tensor]")
 
 
+def _has_empty_result(op: Any, kwargs: dict[str, Any]) -> bool:
+    empty = {n for n, a in kwargs.items() if isinstance(a, torch.Tensor) and a.numel() == 0}
+    return bool(empty) and any(a.is_out and a.name in empty for a in op._schema.arguments)
+
+
 def _resized(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An operation whose `out` is empty and takes the size of the result (`arange` does this)."""
-    out = kwargs["out"]
+    outs = [kwargs[a.name] for a in op._schema.arguments if a.is_out]
     names = [a.name for a in op._schema.arguments if not a.is_out]
+    written = {a.name for a in op._schema.arguments if a.is_out}
+    given = {k: v for k, v in kwargs.items() if k not in written}
     for name in op.overloadpacket.overloads():
         overload = getattr(op.overloadpacket, name)
         arguments = {a.name: a for a in overload._schema.arguments}
         extra = arguments.keys() - set(names)
         if list(arguments)[: len(names)] == names and extra <= _FACTORY:
-            made = {"dtype": out.dtype, "device": out.device}
-            given = {k: v for k, v in kwargs.items() if k != "out"}
+            made = {"dtype": outs[0].dtype, "device": outs[0].device}
             result = run(overload, args, given | {k: v for k, v in made.items() if k in extra})
-            return out if result.shape == out.shape else out.set_(result.to(out.dtype))
+            parts = result if isinstance(result, (tuple, list)) else (result,)
+            for out, part in zip(outs, parts, strict=True):
+                if part.shape != out.shape:
+                    out.set_(part.to(out.dtype))
+            return outs[0] if len(outs) == 1 else tuple(outs)
     raise NotImplementedError(
         f"operation {op} cannot run on device pagoda: its empty `out` tensor would have to be "
         "resized. Give it an `out` tensor of the result's size, or none."
@@ -374,8 +408,9 @@ def _explain(op: Any, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     reason = str(cause) if cause is not None else f"{type(error).__name__}: {error}"
     return (
-        f"operation {op} cannot run on device pagoda: {reason.strip()} It is never computed on the "
-        "CPU in silence; if that is what you want, move its inputs with .cpu() and the result back."
+        f"operation {op} cannot run on device pagoda: {reason.strip().rstrip('.')}. It is never "
+        "computed on the CPU in silence; if that is what you want, move its inputs with .cpu() and "
+        "the result back."
     )
 
 

@@ -35,7 +35,7 @@ class BiasPass(GraphPass):
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             bias, a, b = node.args
             alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-            if (alpha, beta) == (1, 1) and _is_row(bias):
+            if (alpha, beta) == (1, 1) and _is_row(bias, b):
                 continue
             with graph.inserting_before(node):
                 result = _call(graph, aten.mm.default, a, b)
@@ -49,9 +49,12 @@ class BiasPass(GraphPass):
             graph.erase_node(node)
 
 
-def _is_row(node: torch.fx.Node) -> bool:
-    bias = node.meta["val"]
-    return bias.dim() < 2 or bias.stride()[0] == 0 or bias.shape[0] == 1
+def _is_row(node: torch.fx.Node, b: torch.fx.Node) -> bool:
+    """Whether the bias has one element for each column of the product, and no more."""
+    bias, columns = node.meta["val"], b.meta["val"].shape[1]
+    if bias.dim() == 0 or bias.shape[-1] != columns:
+        return False
+    return bias.dim() == 1 or bias.stride()[0] == 0 or bias.shape[0] == 1
 
 
 def _call(graph: torch.fx.Graph, target: Any, *args: Any) -> torch.fx.Node:

@@ -28,7 +28,7 @@ from pagoda.pytorch.symbolic import dtype_name, to_expr
 # Inductor's name -> ours, where they differ.
 _RENAMED = {
     "truediv": "div", "div_rn": "div", "int_truediv": "div", "and_": "bitwise_and",
-    "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "mod": "remainder",
+    "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "mod": "fmod",
     "lshift": "shift_left", "rshift": "shift_right", "bitwise_left_shift": "shift_left",
     "bitwise_right_shift": "shift_right", "libdevice_exp": "exp",
 }  # fmt: skip

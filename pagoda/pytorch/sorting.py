@@ -10,21 +10,31 @@ from typing import Any
 
 import torch
 
+from pagoda.pytorch.scans import highest
+
 LIMIT = 2048  # longer rows are refused
+_FEW = 64  # up to so many are looked for one by one
+
+
+def _keys(row: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the floats, far from the ends of their range; NaN is the largest."""
+    bits = (row.float() + 0.0).view(torch.int32)  # -0 becomes +0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return torch.where(torch.isnan(row), 0x7F800001, ordered)
 
 
 def _ranks(row: torch.Tensor, descending: bool) -> torch.Tensor:
-    """For each element of the last dimension its place in the stable order; NaN is the largest."""
-    mine, other = row[..., :, None], row[..., None, :]
+    """For each element of the last dimension its place in the stable order."""
     places = torch.arange(row.shape[-1], device=row.device)
     earlier = places[None, :] < places[:, None]
-    first = other > mine if descending else other < mine
-    same = other == mine
     if row.is_floating_point():
-        mine_nan, other_nan = torch.isnan(mine), torch.isnan(other)
-        wins = other_nan & ~mine_nan if descending else mine_nan & ~other_nan
-        first, same = first | wins, same | (mine_nan & other_nan)
-    return (first | (same & earlier)).sum(-1)
+        keys = _keys(row)
+        mine, other = keys[..., :, None], keys[..., None, :]
+        first = other + earlier > mine if descending else other < mine + earlier
+        return first.sum(-1)
+    mine, other = row[..., :, None], row[..., None, :]
+    first = other > mine if descending else other < mine
+    return (first | ((other == mine) & earlier)).sum(-1)
 
 
 def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:
@@ -34,9 +44,13 @@ def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:
     if row.shape[-1] > LIMIT:
         return NotImplemented
     ranks = _ranks(row, descending)
-    wanted = torch.arange(count, device=x.device)[:, None]
     places = torch.arange(row.shape[-1], device=x.device)
-    indices = torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
+    if isinstance(count, int) and count <= _FEW:
+        wanted = torch.arange(count, device=x.device)[:, None]
+        indices = torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
+    else:
+        places = places.expand(row.shape)
+        indices = torch.zeros_like(ranks).scatter(-1, ranks, places)[..., :count]
     values = row.gather(-1, indices)
     return values.movedim(-1, dim).contiguous(), indices.movedim(-1, dim).contiguous()
 
@@ -53,6 +67,76 @@ def sort_stable(
     x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> Any:
     return sort(x, dim, descending)
+
+
+def _at(x: torch.Tensor, dim: int, keepdim: bool, place: Any) -> Any:
+    """The elements at `place(sorted row)` of the ascending order along `dim`, and their indices."""
+    if x.dim() == 0:
+        return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+    ordered = _picked(x, x.shape[dim], dim, False)
+    if ordered is NotImplemented:
+        return NotImplemented
+    where = place(ordered[0].movedim(dim, -1)).unsqueeze(-1).movedim(-1, dim)
+    found = [t.gather(dim, where) for t in ordered]
+    return tuple(found) if keepdim else tuple(t.squeeze(dim) for t in found)
+
+
+def _fixed(row: torch.Tensor, number: Any) -> torch.Tensor:
+    return torch.zeros(row.shape[:-1], dtype=torch.int64, device=row.device) + number
+
+
+def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    return _at(x, dim, keepdim, lambda row: _fixed(row, k - 1))
+
+
+def median_along(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
+    """The lower one of two; NaN, the largest, if there is one."""
+
+    def place(row: torch.Tensor) -> torch.Tensor:
+        middle = _fixed(row, (row.shape[-1] - 1) // 2)
+        if not x.is_floating_point():
+            return middle
+        numbers = (~torch.isnan(row)).sum(-1)
+        return torch.where(numbers < row.shape[-1], numbers, middle)
+
+    return _at(x, dim, keepdim, place)
+
+
+def nanmedian_along(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
+    def place(row: torch.Tensor) -> torch.Tensor:
+        numbers = (~torch.isnan(row)).sum(-1) if x.is_floating_point() else row.shape[-1]
+        return ((_fixed(row, numbers) - 1) // 2).clamp(min=0)
+
+    return _at(x, dim, keepdim, place)
+
+
+def _of_all(along: Any, x: torch.Tensor) -> Any:
+    found = along(x.reshape(-1), 0)
+    return found if found is NotImplemented else found[0]
+
+
+def median(x: torch.Tensor) -> Any:
+    return _of_all(median_along, x)
+
+
+def nanmedian(x: torch.Tensor) -> Any:
+    return _of_all(nanmedian_along, x)
+
+
+def mode(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
+    """The smallest of the most frequent values, and its last place."""
+    if x.dim() == 0:
+        return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+    row = x.movedim(dim, -1)
+    if row.shape[-1] > LIMIT:
+        return NotImplemented
+    counts = (row[..., :, None] == row[..., None, :]).sum(-1)
+    often = counts == counts.amax(-1, keepdim=True)
+    value = torch.where(often, row, highest(x.dtype)).amin(-1, keepdim=True)
+    places = torch.arange(row.shape[-1], device=x.device)
+    index = torch.where(often & (row == value), places, 0).amax(-1, keepdim=True)
+    found = [row.gather(-1, index).movedim(-1, dim), index.movedim(-1, dim)]
+    return tuple(found) if keepdim else tuple(t.squeeze(dim) for t in found)
 
 
 def histc(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:

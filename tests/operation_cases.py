@@ -1,0 +1,301 @@
+"""Torch's own operator database as a judge of device "pagoda".
+
+`torch.testing._internal.common_methods_invocations.op_db` has sample inputs for every operation,
+made by torch's authors. `judge` runs some of them here and on the CPU, forward and backward, and
+gives one verdict per operation and type.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo, SampleInput
+from torch.utils import _pytree as pytree
+
+P = "pagoda"
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)  # int64 is computed as int32
+
+# What the table leaves out. Matrix decompositions and what is made of them:
+_DECOMPOSITIONS = """cholesky cholesky_inverse cholesky_solve geqrf logdet lu lu_solve lu_unpack
+    matrix_exp ormqr pca_lowrank pinverse qr svd svd_lowrank triangular_solve norm.nuc"""
+_LINALG = "cross diagonal multi_dot vecdot vector_norm matrix_norm norm matrix_power vander"
+# Complex numbers, sparse tensors, Fourier transforms, functions of mathematics rarely met in
+# networks, operations on storage, quantised products of other devices, and what prints or compares.
+_OTHERS = """H mH imag real complex cdouble cfloat chalf polar view_as_complex view_as_real
+    nn.functional.silu.complex to_sparse istft stft igamma igammac i0 frexp nextafter cauchy
+    geometric log_normal hash_tensor histogram histogramdd broadcast_shapes
+    torch._scaled_mm torch._scaled_mm_v2 torch.ops.aten._efficient_attention_forward
+    torch.ops.aten._flash_attention_forward bmm.triton_optimized _segment_reduce.lengths
+    _segment_reduce.offsets _chunk_cat double half short resize_ resize_as_"""
+_FAMILIES = ("fft.", "signal.windows.", "jiterator_", "sparse.", "polygamma.", "mvlgamma.")
+_SPECIAL = "entr log_ndtr ndtr xlog1py"
+# Kernels of their own, with tests of their own (`test_convolution`, `test_attention`).
+_ELSEWHERE = ("nn.functional.conv", "nn.functional.scaled_dot_product_attention")
+# Only sizes and types can be compared: what they draw or leave uninitialised is not defined.
+_DRAWN = """bernoulli empty empty_like empty_permuted empty_strided exponential multinomial
+    new_empty new_empty_strided nn.functional.alpha_dropout nn.functional.dropout
+    nn.functional.dropout2d nn.functional.dropout3d nn.functional.feature_alpha_dropout.with_train
+    nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
+    nn.functional.multi_head_attention_forward nn.functional.rrelu normal normal.in_place
+    normal.number_mean rand_like randint randint_like randn randn_like uniform"""
+SHAPE_ONLY = frozenset(_DRAWN.split())
+# Only the first result is compared: the others are what a device keeps for its own backward pass.
+FIRST_ONLY = (
+    "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm",
+    "native_group_norm", "native_layer_norm",
+)  # fmt: skip
+
+
+def name_of(op: OpInfo) -> str:
+    return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+
+
+def _left_out(name: str) -> bool:
+    family, _, rest = name.partition(".")
+    listed = {"linalg": _LINALG, "special": _SPECIAL}.get(family)
+    if listed is not None:
+        return rest not in listed.split()
+    named = name in f"{_DECOMPOSITIONS} {_OTHERS}".split()
+    return named or name.startswith((*_FAMILIES, *_ELSEWHERE))
+
+
+OPERATIONS: dict[str, OpInfo] = {
+    name_of(op): op for op in op_db if not _left_out(name_of(op))
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an operation does for one type.
+
+    outcome: "passes", "refused" (NotImplementedError that names the operation), "wrong" (other
+    values, sizes or types than the CPU's) or "crashes" (any other exception). gradient: whether
+    gradients were compared. host: operations that were computed on the host. remark: the first
+    difference or the message.
+    """
+
+    outcome: str
+    gradient: bool = False
+    host: tuple[str, ...] = ()
+    remark: str = ""
+
+
+class Difference(AssertionError):
+    """The device's result is not the CPU's."""
+
+
+def dtypes_of(op: OpInfo) -> list[torch.dtype]:
+    return [dtype for dtype in DTYPES if dtype in op.supported_dtypes("cpu")]
+
+
+def _leaves(sample: SampleInput) -> list[Any]:
+    return pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
+
+
+def _elements(sample: SampleInput) -> int:
+    return sum(a.numel() for a in _leaves(sample) if isinstance(a, torch.Tensor))
+
+
+def samples(op: OpInfo, dtype: torch.dtype, count: int) -> list[SampleInput]:
+    """`count` samples: the smallest one that has elements, and others from all over torch's list,
+    which begins with common arguments and ends with rare ones."""
+    torch.manual_seed(0)
+    gradient = op.supports_autograd and dtype.is_floating_point
+    made: Iterator[SampleInput] = op.sample_inputs("cpu", dtype, requires_grad=gradient)
+    every = list(itertools.islice(made, 200))
+    found = [s for s in every if _elements(s) <= 5000] or every
+    filled = sorted((s for s in found if _elements(s)), key=_elements) or found
+    others = [s for s in found if s is not filled[0]] if filled else []
+    step = max(len(others) / max(count - 1, 1), 1)
+    return filled[:1] + [others[int((k + 0.5) * step)] for k in range(count - 1)
+                         if int((k + 0.5) * step) < len(others)]  # fmt: skip
+
+
+# Samples that ask for types the chip has none of ask for these instead.
+_INSTEAD = {torch.float64: torch.float32, torch.float16: torch.bfloat16, torch.int16: torch.int32}
+
+
+def placed(sample: SampleInput, place: str, change: Callable = lambda t: t) -> SampleInput:
+    """The sample with all its tensors and devices there; leaves of autograd stay leaves."""
+
+    def move(a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            with torch.no_grad():
+                moved = change(a.detach().clone(memory_format=torch.preserve_format)).to(place)
+            return moved.requires_grad_(a.requires_grad)
+        if isinstance(a, torch.dtype):
+            return _INSTEAD.get(a, a)
+        return place if isinstance(a, torch.device) or a == "cpu" else a
+
+    input_, args, kwargs = pytree.tree_map(move, (sample.input, sample.args, sample.kwargs))
+    return SampleInput(input_, args=args, kwargs=kwargs)
+
+
+def strided(sample: SampleInput) -> SampleInput:
+    """The sample with tensors that skip every other element of their memory."""
+
+    def spread(a: Any) -> Any:
+        if not isinstance(a, torch.Tensor) or not a.dim() or a.numel() < 2:
+            return a
+        wide = a.detach().repeat_interleave(2, -1)[..., ::2]
+        return wide.requires_grad_(a.requires_grad)
+
+    input_, args, kwargs = pytree.tree_map(spread, (sample.input, sample.args, sample.kwargs))
+    return SampleInput(input_, args=args, kwargs=kwargs)
+
+
+def _tensors(result: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(result)
+    return [a if isinstance(a, torch.Tensor) else torch.as_tensor(a) for a in leaves]
+
+
+def results(
+    function: Callable, sample: SampleInput, several: int | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Values, and gradients of the sum of the first `several` (None: of all), weighted with fixed
+    random numbers."""
+    torch.manual_seed(1)
+    out = _tensors(function(sample.input, *sample.args, **sample.kwargs))
+    given = [a for a in _leaves(sample) if isinstance(a, torch.Tensor) and a.requires_grad]
+    through = [t for t in out if t.requires_grad and t.numel()][:several]
+    if not given or not through:
+        return out, []
+    draw = torch.Generator().manual_seed(2)
+    weights = [
+        torch.randn(t.shape, generator=draw).to(t.dtype).to(t.device) for t in through
+    ]  # fmt: skip
+    gradients = torch.autograd.grad(
+        through, given, weights, allow_unused=True, materialize_grads=True
+    )
+    return out, list(gradients)
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    return t.to({torch.bfloat16: torch.float32, torch.float32: torch.float64}.get(t.dtype, t.dtype))
+
+
+def more_exact(op: OpInfo, sample: SampleInput) -> tuple[list[Any], list[Any]]:
+    """The CPU's results and gradients in the next wider type; none if it cannot."""
+    try:
+        return results(op.op, placed(sample, "cpu", _wide))
+    except Exception:  # noqa: BLE001 - it mixes types, or torch refuses this one
+        return [], []
+
+
+def compare(what: str, got: Any, want: Any, exact: Any) -> None:
+    """Raises Difference unless `got`, on the device, is what the CPU says.
+
+    want: the CPU's result of that type, which says size and type. exact: what the CPU finds in the
+    next wider type. Floats must be near either of the two, an element within 1e-4 of itself or 1e-5
+    of the largest one; for bfloat16 1.6e-2, torch's own bound for the type, and 2^-8. All else must
+    be equal.
+    """
+    if (got is None) != (want is None):
+        raise Difference(f"{what} is {got}, not {want}")
+    if want is None:
+        return
+    if (got.shape, got.dtype) != (want.shape, want.dtype):
+        raise Difference(
+            f"{what} is {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}"
+        )
+    here, want = got.detach().cpu(), want.detach()
+    if not want.numel():
+        return
+    if not want.is_floating_point():
+        right = here == want
+    else:
+        low = want.dtype == torch.bfloat16
+        exact = exact.detach() if exact is not None and exact.shape == want.shape else want
+        exact, want, here = exact.float(), want.float(), here.float()
+        finite = exact[exact.isfinite()].abs()
+        largest = max(1.0, float(finite.max()) if finite.numel() else 1.0)
+        rtol, atol = (1.6e-2, 2.0**-8 * largest) if low else (1e-4, 1e-5 * largest)
+        right = torch.isclose(here, exact, rtol, atol, equal_nan=True)
+        right |= torch.isclose(here, want, rtol, atol, equal_nan=True)
+    if not bool(right.all()):
+        first = tuple((~right).nonzero()[0].tolist())
+        wrong = int((~right).sum())
+        raise Difference(
+            f"{what}{list(first)} is {here[first].item()}, not {want[first].item()}; "
+            f"{wrong} of {want.numel()} differ"
+        )
+
+
+def check(op: OpInfo, sample: SampleInput, function: Callable | None = None) -> bool:
+    """Compares one sample; whether gradients were compared. Raises Difference or what torch raises.
+    `function`: what the device computes, unless it is the operation itself."""
+    here = placed(sample, P)
+    want, want_grads = results(op.op, placed(sample, "cpu"))
+    exact, exact_grads = more_exact(op, sample)
+    got, got_grads = results(function or op.op, here)
+    if name_of(op) in FIRST_ONLY:
+        got, want, exact = got[:1], want[:1], exact[:1]
+    if len(got) != len(want) or len(got_grads) != len(want_grads):
+        raise Difference(f"{len(got)} results, not {len(want)}")
+    if name_of(op) in SHAPE_ONLY:
+        got, want, exact = ([torch.zeros_like(t, device="cpu") for t in r]
+                            for r in (got, want, want))  # fmt: skip
+        want_grads = []
+    for number, values in enumerate(zip(got, want, _same(exact, want), strict=True)):
+        compare(f"result {number}", *values)
+    if want_grads:
+        wide = _same(exact_grads, want_grads)
+        for number, values in enumerate(zip(got_grads, want_grads, wide, strict=True)):
+            compare(f"gradient {number}", *values)
+    return any(g is not None for g in want_grads)
+
+
+def _same(exact: Sequence[Any], want: Sequence[Any]) -> Sequence[Any]:
+    return exact if len(exact) == len(want) else want
+
+
+def accepted(op: OpInfo, sample: SampleInput) -> bool:
+    """Whether the CPU can compute it."""
+    try:
+        results(op.op, placed(sample, "cpu"))
+    except Exception:  # noqa: BLE001 - whatever torch raises for arguments it does not take
+        return False
+    return True
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the message says what cannot run, where and what to do, in words for users: not what
+    some assertion inside of torch or of us says."""
+    text = str(error)
+    inside = re.search(r"device pagoda: \w*(Error|Exception)\b", text)
+    named = "on device pagoda" in text or "one of the chip's" in text
+    return isinstance(error, (NotImplementedError, TypeError)) and named and not inside
+
+
+def judge(op: OpInfo, dtype: torch.dtype, count: int = 2) -> Verdict:
+    """The verdict over `count` samples, of which the second has strided tensors."""
+    chosen = [s for s in samples(op, dtype, count) if accepted(op, s)]
+    if not chosen:
+        return Verdict("no samples")
+    gradient = False
+    torch.pagoda.reset_fallbacks()
+    remark = ""
+    try:
+        for number, sample in enumerate(chosen):
+            if number == 1:
+                sample = strided(sample)
+            remark = f"sample {number}: "
+            gradient |= check(op, sample)
+    except Difference as difference:
+        return Verdict("wrong", gradient, _host(), remark + str(difference))
+    except Exception as error:  # noqa: BLE001 - the verdict is about them
+        outcome = "refused" if is_refusal(error) else "crashes"
+        text = " ".join(str(error).split())
+        return Verdict(outcome, gradient, _host(), f"{remark}{type(error).__name__}: {text}"[:600])
+    return Verdict("passes", gradient, _host())
+
+
+def _host() -> tuple[str, ...]:
+    names = (name.removeprefix("aten.").split(".")[0] for name in torch.pagoda.fallbacks())
+    return tuple(sorted(set(names)))
