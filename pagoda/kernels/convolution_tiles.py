@@ -41,12 +41,16 @@ class ConvolutionBuilder:
             b.block(name, getattr(plan, name))
         s, (kh, kw) = shape, shape.kernel
         if epilogue is None:
-            self._tensor("y", output, (None, s.oh, s.ow, s.co))
+            size = output.bits // 8
+            steps = tuple(step * size for step in s.steps)
+            b.tensor("y", output, 4, sizes=(None, s.oh, s.ow, s.co), strides=(*steps, size))
         self.x = self._tensor("x", operand, (None, s.h, s.w, s.ci))
         if s.weights == "ohwi":
             self._tensor("w", operand, (s.co, kh, kw, s.group_ci))
-        else:
+        elif s.weights == "hwio":
             self._tensor("w", operand, (kh, kw, s.group_ci, s.co))
+        else:
+            b.tensor("w", operand, 0)
         self.bias = None if bias is None else self._tensor("bias", bias, (s.co,))
         self.window_rows, self.window_cols = s.window(plan.rows, plan.cols)
         self.pitch = s.pitch(plan.cols)
@@ -84,13 +88,13 @@ class ConvolutionBuilder:
         start = b.let(f"start_{name}", first * s.stride[dim] - before)
         head: Scalar = ZERO
         tail: Scalar = ZERO
-        if before:
+        if before > 0:
             head = b.let(f"before_{name}", minimum(maximum(-start, 0), extent))
-        if after:
+        if after > 0:
             tail = minimum(maximum(start + extent - size, 0), extent - head)
             tail = b.let(f"after_{name}", tail)
         # A window of nothing but padding reads nothing: its start only has to lie in the tensor.
-        if before or after:
+        if max(before, after) > 0:
             start = b.let(f"first_{name}", minimum(maximum(start, 0), size - 1))
         return extent, head, tail, start
 
@@ -117,14 +121,16 @@ class ConvolutionBuilder:
             i, j = Range(start, pixels, plan.pixels), Range(channel, n, plan.bn)
             self.epilogue.emit(b, source, i, j)
             return
-        step = s.co * self.output.bits // 8
-        offset = ((image * s.oh + oy) * s.ow + ox) * step + channel * (self.output.bits // 8)
-        if plan.cols == s.ow:  # rows of outputs follow one another, in the tile and in y
-            access = Access("y", offset, Int(step), Int(s.oh * s.ow * step))
+        size = self.output.bits // 8
+        per_image, per_row, per_pixel = (step * size for step in s.steps)
+        start = image * per_image + oy * per_row + ox * per_pixel + channel * size
+        if plan.cols == s.ow and per_row == s.ow * per_pixel:  # rows of outputs follow one another
+            access = Access("y", start, Int(per_pixel), Int(per_image))
             b.store(access, source, rows * cols, n, images)
-        else:
-            access = Access("y", offset, Int(step), Int(s.ow * step))
-            b.store(access, source, cols, n, rows)
+            return
+        with loop(b, "of", 0, plan.images) if plan.images == 1 else b.loop("of", 0, images) as of:
+            access = Access("y", start + of * per_image, Int(per_pixel), Int(per_row))
+            b.store(access, source.view(of * (rows * cols)), cols, n, rows)
 
 
 @contextmanager

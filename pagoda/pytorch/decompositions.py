@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch._inductor.decomposition import select_decomp_table
 
+from pagoda.pytorch.convolution import convolution, convolution_backward
+
 aten = torch.ops.aten
 
 
@@ -27,4 +29,9 @@ def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> t
 
 def table() -> dict[Any, Callable]:
     """Inductor's decompositions, with ours."""
-    return {**select_decomp_table(), aten.cumsum.default: _cumsum}
+    return {
+        **select_decomp_table(),
+        aten.cumsum.default: _cumsum,
+        aten.convolution.default: convolution,
+        aten.convolution_backward.default: convolution_backward,
+    }

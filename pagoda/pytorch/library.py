@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pagoda.pytorch.convolution import convolution_call
 from pagoda.pytorch.errors import Unsupported, source
 
 aten = torch.ops.aten
@@ -116,6 +117,8 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
         attributes = (("causal", causal), ("scale", float(bound["scale"])))
         tensors = [bound["q"], bound["k"], bound["v"], bound.get("mask")]
         return "sdpa", attributes, tensors
+    if name.startswith("pagoda::convolution"):
+        return convolution_call(node)
     raise Unsupported(
         f"operation {name} is not supported on device pagoda: it is neither a loop nest nor one "
         "of the library kernels (mm, bmm, addmm, scaled_dot_product_attention). Rewrite the model "
