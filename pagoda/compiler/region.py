@@ -52,6 +52,9 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 # convolution_transposed   out[n,o,y,x] = bias[o] + sum over c and all iy stride_h + ky dilation_h
 #          - pad_top = y, ix stride_w + kx dilation_w - pad_left = x of x[n,c,iy,ix] w[c,o,ky,kx],
 #          with groups and layouts as above
+# convolution_weight   out[o,c,ky,kx] = sum over n, y, x of g[n,o,y,x] * x[n, c, y stride_h +
+#          ky dilation_h - pad_top, x stride_w + kx dilation_w - pad_left]: the gradient for w where
+#          g is that for the result; x and g with channels last, out with c contiguous
 #
 # All of these accumulate in float32 and round once, on the way out (the weights of softmax may be
 # rounded to the type of v before they meet it: a kernel's choice). How exactly they multiply
@@ -70,6 +73,10 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "convolution_transposed": (
         ("out", "x", "w", "bias?"),
+        ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups"),
+    ),
+    "convolution_weight": (
+        ("out", "x", "g"),
         ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups"),
     ),
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),

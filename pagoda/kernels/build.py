@@ -27,7 +27,7 @@ from pagoda.compiler.region import KernelCall, LibraryCall, Region, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
 from pagoda.kernels.attention_call import attention_arguments, attention_for
-from pagoda.kernels.convolution_call import convolution_for
+from pagoda.kernels.convolution_call import convolution_for, convolution_weight_for
 from pagoda.kernels.convolution_transposed import expand_transposed
 from pagoda.kernels.fusion import FusedCall, fuse
 from pagoda.kernels.matmul_call import matmul_for
@@ -106,6 +106,9 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
             return _Step(kernel, _words(kernel, views, scalars), step.origin)
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)
+            return _Step(kernel, _words(kernel, views, {}), step.origin)
+        if step.kernel.name == "convolution_weight":
+            kernel, views = convolution_weight_for(step, chip, symbols)
             return _Step(kernel, _words(kernel, views, {}), step.origin)
         if step.kernel.name == "convolution":
             kernel, views = convolution_for(step, chip, symbols)

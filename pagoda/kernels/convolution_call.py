@@ -15,6 +15,7 @@ from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
 from pagoda.kernels.convolution import build_convolution
 from pagoda.kernels.convolution_shape import ConvolutionShape, WeightLayout
+from pagoda.kernels.convolution_weight import build_convolution_weight
 from pagoda.kernels.matmul import check_operands
 from pagoda.kernels.matmul_call import matmul_for
 
@@ -48,21 +49,14 @@ def convolution_for(
     what = f"result and bias for {x.dtype} operands"
     output = _dtype(out, allowed, what)
     if not _lies(x, _PIXELS) or not _ends_in_channels(out):
-        raise CompileError(
-            "convolution", "channels are the last dimension in memory",
-            f"the strides are {_list(out.strides)} and {_list(x.strides)}",
-            "convert module and input with .to(memory_format=torch.channels_last)",
-        )  # fmt: skip
-    shape = _shape(call.kernel, out, x, w, symbols)
+        raise _not_channels_last(out, x)
+    layout = _weight_layout(w, bool(call.kernel.attribute("transposed")), call.kernel, x, out)
+    shape = replace(_shape(call.kernel, out, x, w, symbols), weights=layout)
     shape = replace(shape, operand_bytes=operand.bits // 8, output_bytes=output.bits // 8)
     if shape.is_matmul and shape.output_steps is None:
         return matmul_for(_as_product(call, shape, out, x, w, bias), chip, symbols, epilogue)
     if operand is DType.F32 and not shape.depthwise:
-        raise CompileError(
-            "convolution", "float32 operands are those of a depthwise or 1 x 1 convolution",
-            f"the kernel is {shape.kernel[0]} x {shape.kernel[1]} with {shape.groups} groups",
-            "split them into bfloat16 terms first",
-        )  # fmt: skip
+        raise _float32(shape)
     if not shape.depthwise:
         check_operands(chip, operand)
     views = {"y": _transposed(out, _PIXELS), "x": _transposed(x, _PIXELS), "w": w}
@@ -72,16 +66,54 @@ def convolution_for(
     return build_convolution(chip, shape, operand, output, added, epilogue=epilogue), views
 
 
+def convolution_weight_for(
+    call: KernelCall, chip: Chip, symbols: Mapping[str, int]
+) -> tuple[Kernel, dict[str, View]]:
+    """The kernel for a step `convolution_weight`, and a view per tensor of it.
+
+    Operands are bfloat16, or float32 of a depthwise convolution; the result is either. Raises
+    CompileError for what the kernels do not take.
+    """
+    assert isinstance(call.kernel, LibraryCall), call.kernel
+    out, x, g = (view for view in call.args if view is not None)
+    operand, output = _dtype(x, _FLOATS, "operands"), _dtype(out, _FLOATS, "result")
+    if not _lies(x, _PIXELS) or not _lies(g, _PIXELS):
+        raise _not_channels_last(g, x)
+    layout = _weight_layout(out, False, call.kernel, x, g)
+    shape = replace(_shape(call.kernel, g, x, out, symbols), weights=layout)
+    if operand is DType.F32 and not shape.depthwise:
+        raise _float32(shape)
+    if layout.channel != 1:
+        raise CompileError(
+            "convolution_weight", "the channels in are contiguous in the result",
+            f"its strides are {_list(out.strides)}", "make it channels last",
+        )  # fmt: skip
+    kernel = build_convolution_weight(chip, shape, operand, output)
+    return kernel, {"dw": out, "x": _transposed(x, _PIXELS), "g": g}
+
+
+def _not_channels_last(*views: View) -> CompileError:
+    return CompileError(
+        "convolution", "channels are the last dimension in memory",
+        f"the strides are {' and '.join(_list(view.strides) for view in views)}",
+        "convert module and input with .to(memory_format=torch.channels_last)",
+    )  # fmt: skip
+
+
+def _float32(shape: ConvolutionShape) -> CompileError:
+    return CompileError(
+        "convolution", "float32 operands are those of a depthwise or 1 x 1 convolution",
+        f"the kernel is {shape.kernel[0]} x {shape.kernel[1]} with {shape.groups} groups",
+        "split them into bfloat16 terms first",
+    )  # fmt: skip
+
+
 def _shape(
     call: LibraryCall, out: View, x: View, w: View, symbols: Mapping[str, int]
 ) -> ConvolutionShape:
     fixed = (*x.sizes[1:], *w.sizes, *w.strides, *out.sizes[1:], *out.strides)
     if not all(isinstance(size, Const) for size in fixed):
-        raise CompileError(
-            "convolution", "only the number of images changes from call to call",
-            f"the sizes are {_list(x.sizes)} and {_list(w.sizes)}",
-            "mark no other dimension of the input as dynamic",
-        )  # fmt: skip
+        raise _dynamic(x, w)
 
     def pair(name: str) -> tuple[int, int]:
         return int(call.attribute(f"{name}_h")), int(call.attribute(f"{name}_w"))
@@ -97,15 +129,26 @@ def _shape(
         padding.append((int(before), 0 if -stride[dim] < after < 0 else after))
     shape = ConvolutionShape(
         x.sizes[0].evaluate(symbols), *inputs, ci, co, kernel, stride, dilation, tuple(padding),
-        groups, weights=_weight_layout(w, bool(call.attribute("transposed")), ci, co, groups),
+        groups,
     )  # fmt: skip
     image, _, row, pixel = (step.value for step in out.strides)
-    steps = image, row, pixel
-    dense = _lies(out, _PIXELS)
-    return shape if dense else replace(shape, output_steps=steps)
+    return shape if _lies(out, _PIXELS) else replace(shape, output_steps=(image, row, pixel))
 
 
-def _weight_layout(w: View, transposed: bool, ci: int, co: int, groups: int) -> WeightLayout:
+def _dynamic(x: View, w: View) -> CompileError:
+    return CompileError(
+        "convolution", "only the number of images changes from call to call",
+        f"the sizes are {_list(x.sizes)} and {_list(w.sizes)}",
+        "mark no other dimension of the input as dynamic",
+    )  # fmt: skip
+
+
+def _weight_layout(
+    w: View, transposed: bool, call: LibraryCall, x: View, out: View
+) -> WeightLayout:
+    if not all(isinstance(size, Const) for size in (*w.sizes, *w.strides, x.sizes[1])):
+        raise _dynamic(x, w)
+    groups, ci, co = int(call.attribute("groups")), x.sizes[1].value, out.sizes[1].value
     first, second, row, column = (step.value for step in w.strides)
     kh, kw = w.sizes[2].value, w.sizes[3].value
     if transposed:

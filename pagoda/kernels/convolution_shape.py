@@ -228,7 +228,7 @@ def fits(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan) -> bool:
     return 2 * sums <= chip.acc_bytes and needed <= high - low
 
 
-def _blocks(extent: int, block: int) -> Iterator[Pair]:
+def blocks(extent: int, block: int) -> Iterator[Pair]:
     """(size, how often) of the blocks that an extent falls into."""
     if extent // block:
         yield block, extent // block
@@ -239,9 +239,9 @@ def _blocks(extent: int, block: int) -> Iterator[Pair]:
 def convolution_cycles(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan) -> int:
     """Estimated cycles of the core with the most work, launch excluded."""
     total = first = last = 0.0
-    for images, n_images in _blocks(shape.n, plan.images):
-        for rows, n_rows in _blocks(shape.oh, plan.rows):
-            for cols, n_cols in _blocks(shape.ow, plan.cols):
+    for images, n_images in blocks(shape.n, plan.images):
+        for rows, n_rows in blocks(shape.oh, plan.rows):
+            for cols, n_cols in blocks(shape.ow, plan.cols):
                 window = _window_cycles(chip, shape, images, rows, cols)
                 matrix, port, store = _tile_cycles(chip, shape, plan, images * rows * cols)
                 wait = chip.dram_latency + 50
@@ -276,10 +276,10 @@ def _tile_cycles(
     store = 0
     depth = shape.layout.output if turned else shape.layout.channel
     pitch = shape.steps[2]
-    for n, count in _blocks(shape.group_co, plan.bn):
+    for n, count in blocks(shape.group_co, plan.bn):
         count *= shape.groups
         matrix += count * TILE_CYCLES / 4
-        for bk, n_bk in _blocks(shape.group_ci, plan.bk):
+        for bk, n_bk in blocks(shape.group_ci, plan.bk):
             merged = merges_run(shape)
             outer, inner = (1, plan.run * bk) if merged else (plan.run, bk)
             dot = timing.matmul(chip, m, n, outer, inner, False, turned)
@@ -363,11 +363,11 @@ def depthwise_cycles(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan)
     tiles = shape.n * ceildiv(shape.oh, plan.rows) * ceildiv(shape.ow, plan.cols)
     share = ceildiv(tiles, chip.cores) / tiles
     total = 0.0
-    for n, n_n in _blocks(shape.co, plan.bn):
+    for n, n_n in blocks(shape.co, plan.bn):
         turn = 0 if shape.layout.group == 1 else timing.transpose(chip, n, taps).occupancy
         total += n_n * (turn + chip.dram_latency)
-        for rows, n_rows in _blocks(shape.oh, plan.rows):
-            for cols, n_cols in _blocks(shape.ow, plan.cols):
+        for rows, n_rows in blocks(shape.oh, plan.rows):
+            for cols, n_cols in blocks(shape.ow, plan.cols):
                 high, wide = shape.window(rows, cols)
                 issue = (high + taps * rows + 6) * ISSUE_CYCLES + 2 * TILE_CYCLES
                 # A row's next tap needs its sums: the rows between hide what that takes.

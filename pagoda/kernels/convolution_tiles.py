@@ -79,24 +79,7 @@ class ConvolutionBuilder:
     def padded(
         self, dim: int, first: Scalar, count: Scalar, size: int
     ) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-        """Along one dimension: extent of the window, zeros before and after, first input."""
-        b, s = self.b, self.shape
-        name = "yx"[dim]
-        before, after = s.padding[dim]
-        span = (s.kernel[dim] - 1) * s.dilation[dim] + 1
-        extent = b.let(f"extent_{name}", (count - 1) * s.stride[dim] + span)
-        start = b.let(f"start_{name}", first * s.stride[dim] - before)
-        head: Scalar = ZERO
-        tail: Scalar = ZERO
-        if before > 0:
-            head = b.let(f"before_{name}", minimum(maximum(-start, 0), extent))
-        if after > 0:
-            tail = minimum(maximum(start + extent - size, 0), extent - head)
-            tail = b.let(f"after_{name}", tail)
-        # A window of nothing but padding reads nothing: its start only has to lie in the tensor.
-        if max(before, after) > 0:
-            start = b.let(f"first_{name}", minimum(maximum(start, 0), size - 1))
-        return extent, head, tail, start
+        return padded(self.b, self.shape, dim, first, count, size)
 
     def input_offset(self, image: Scalar, y: Scalar, x: Scalar) -> Scalar:
         s = self.shape
@@ -145,3 +128,25 @@ def loop(
     else:
         with b.loop(name, start, stop, step) as variable:
             yield variable
+
+
+def padded(
+    b: KernelBuilder, s: ConvolutionShape, dim: int, first: Scalar, count: Scalar, size: int
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Along one dimension: extent of the window, zeros before and after, first input."""
+    name = "yx"[dim]
+    before, after = s.padding[dim]
+    span = (s.kernel[dim] - 1) * s.dilation[dim] + 1
+    extent = b.let(f"extent_{name}", (count - 1) * s.stride[dim] + span)
+    start = b.let(f"start_{name}", first * s.stride[dim] - before)
+    head: Scalar = ZERO
+    tail: Scalar = ZERO
+    if before > 0:
+        head = b.let(f"before_{name}", minimum(maximum(-start, 0), extent))
+    if after > 0:
+        tail = minimum(maximum(start + extent - size, 0), extent - head)
+        tail = b.let(f"after_{name}", tail)
+    # A window of nothing but padding reads nothing: its start only has to lie in the tensor.
+    if max(before, after) > 0:
+        start = b.let(f"first_{name}", minimum(maximum(start, 0), size - 1))
+    return extent, head, tail, start

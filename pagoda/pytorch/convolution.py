@@ -90,6 +90,32 @@ def _convolution_transposed(
     return out.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+@_op("convolution_weight")
+def _convolution_weight(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient [o, c / groups, *kernel] for the kernel of a convolution of x [n, c, h, w], of
+    type `dtype`; g [n, o, oh, ow]: that for its result. All of them channels last."""
+    sizes = (g.shape[1], x.shape[1] // groups, *kernel)
+    out = torch.nn.grad.conv2d_weight(
+        x.float(), sizes, g.float(), stride, padding, dilation, groups
+    )
+    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@_convolution_weight.register_fake
+def _(x, g, kernel, stride, padding, dilation, groups, dtype):
+    sizes = (g.shape[1], *kernel, x.shape[1] // groups)
+    return x.new_empty(sizes, dtype=dtype).permute(0, 3, 1, 2)
+
+
 @_convolution.register_fake
 def _(x, w, bias, size, stride, padding, dilation, groups, dtype):
     return x.new_empty((x.shape[0], *size, w.shape[0]), dtype=dtype).permute(0, 3, 1, 2)
@@ -103,14 +129,19 @@ def _(x, w, bias, size, stride, padding, dilation, groups, dtype):
 def convolution_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
     """One of these operations in Inductor as (library name, attributes, input nodes)."""
     args, _ = node.unflatten_args(node.inputs, node.constant_args)
-    x, w, bias, _, stride, padding, dilation, groups, *_ = args
+    name = node.op_overload.name().removeprefix("pagoda::")
+    if name == "convolution_weight":
+        x, g, _, stride, padding, dilation, groups, *_ = args
+        tensors = [x, g]
+    else:
+        x, w, bias, _, stride, padding, dilation, groups, *_ = args
+        tensors = [x, w, bias]
     values = [*stride, *padding, *dilation, groups]
     names = ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups")
     attributes = tuple(zip(names, map(int, values), strict=True))
-    name = node.op_overload.name().removeprefix("pagoda::")
     if name == "convolution":
         attributes = (*attributes, ("transposed", False))
-    return name, attributes, [x, w, bias]
+    return name, attributes, tensors
 
 
 # torch's operations as these ----------------------------------------------------------------------
@@ -179,7 +210,12 @@ def convolution_backward(
         for_x = _convolved(op, grad, weight, None, size, stride, padding, dilation, groups)
         for_x = _laid_out(for_x, x, weight)
     if output_mask[1]:
-        raise Unsupported("the gradient for a convolution's kernel has no kernel.")
+        source, result = (grad, x) if transposed else (x, grad)
+        for_weight = _weight_gradient(
+            source, result, weight.shape, stride, padding, dilation, groups
+        )
+        if not _is_channels_last(weight):
+            for_weight = for_weight.contiguous()
     if output_mask[2]:
         for_bias = grad.sum([0, 2, 3])
     return for_x, for_weight, for_bias
@@ -205,6 +241,26 @@ def _convolved(
     if x.dtype != torch.float32 or depthwise or product:
         return call(x, w, bias, x.dtype)
     return _in_terms(call, x, w, bias)
+
+
+def _weight_gradient(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    sizes: Ints,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    def call(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+        kernel = _fixed(sizes[2:])
+        return _convolution_weight(a, b, kernel, stride, padding, dilation, groups, dtype)
+
+    depthwise = groups == x.shape[1] == g.shape[1] and groups > 1
+    if x.dtype != torch.float32 or depthwise:
+        return call(x, g, None, x.dtype)
+    return _in_terms(call, x, g, None)
 
 
 def _in_terms(
