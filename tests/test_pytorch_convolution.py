@@ -29,6 +29,11 @@ def chip(tmp_path_factory):
     device.state.executor, device.state.allocator = before
 
 
+@pytest.fixture(autouse=True)
+def no_fallbacks():
+    torch.pagoda.reset_fallbacks()
+
+
 @dataclass(frozen=True)
 class Case:
     """One convolution; sizes without channels and images are (height, width) or (width,)."""
@@ -119,10 +124,44 @@ def check_forward(case: Case, compiled: bool = False) -> None:
     assert torch.pagoda.fallbacks() == {}
 
 
-@settings(max_examples=25)
+@settings(max_examples=6)
 @given(cases())
 def test_forward(case):
     check_forward(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(cases())
+def test_forward_of_many(case):
+    check_forward(case)
+
+
+def check_gradients(case: Case, compiled: bool = False) -> None:
+    tensors = case.tensors()
+    given = [t.to(P).requires_grad_() for t in tensors]
+    exact = [t.double().requires_grad_() for t in tensors]
+    out = case.run(*exact)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    out.backward(grad.double())
+    function = torch.compile(case.run, backend=P) if compiled else case.run
+    function(*given).backward(grad.to(P))
+    for found, wanted in zip(given, exact, strict=True):
+        close(found.grad, wanted.grad, case.dtype)
+    assert torch.pagoda.fallbacks() == {}
+
+
+@settings(max_examples=6)
+@given(cases())
+def test_gradients(case):
+    check_gradients(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(cases())
+def test_gradients_of_many(case):
+    check_gradients(case)
 
 
 ONE, TWO, BF16, F32 = (1, 1), (2, 2), torch.bfloat16, torch.float32
@@ -137,6 +176,7 @@ COMPILED = {
 def test_compiled(name):
     torch._dynamo.reset()
     check_forward(COMPILED[name], compiled=True)
+    check_gradients(COMPILED[name], compiled=True)
 
 
 def test_inner_layers_are_not_copied():

@@ -89,7 +89,8 @@ def convolution_weight_for(
             f"its strides are {_list(out.strides)}", "make it channels last",
         )  # fmt: skip
     kernel = build_convolution_weight(chip, shape, operand, output)
-    return kernel, {"dw": out, "x": _transposed(x, _PIXELS), "g": g}
+    views = {"dw": out, "x": x, "g": g}
+    return kernel, {name: _transposed(view, _PIXELS) for name, view in views.items()}
 
 
 def _not_channels_last(*views: View) -> CompileError:

@@ -116,6 +116,26 @@ class ConvolutionBuilder:
             b.store(access, source.view(of * (rows * cols)), cols, n, rows)
 
 
+def declare_tensors(
+    b: KernelBuilder, shape: ConvolutionShape, operand: DType, output: DType
+) -> TensorHandle:
+    """The tensors dw, x (which it returns) and g of a kernel's gradient."""
+    s, lies = shape, shape.layout
+    steps = tuple(
+        step * output.bits // 8 for step in (lies.output, lies.row, lies.column, lies.channel)
+    )
+    if s.depthwise:
+        steps = (lies.group * output.bits // 8, *steps[1:])
+    b.tensor("dw", output, 4, sizes=(s.co, *s.kernel, s.group_ci), strides=steps)
+    handles = []
+    for name, sizes in (("x", (None, s.h, s.w, s.ci)), ("g", (None, s.oh, s.ow, s.co))):
+        size = operand.bits // 8
+        strides = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
+        strides = tuple(step * size for step in strides)
+        handles.append(b.tensor(name, operand, 4, sizes=sizes, strides=strides))
+    return handles[0]
+
+
 @contextmanager
 def loop(
     b: KernelBuilder, name: str, start: Scalar | int, stop: Scalar | int, step: int = 1

@@ -21,6 +21,7 @@ from pagoda.compiler.tile_ir import Access, Kernel, Tile
 from pagoda.isa.chip import Chip
 from pagoda.isa.numbers import DType
 from pagoda.kernels.convolution_shape import ConvolutionShape, ceildiv
+from pagoda.kernels.convolution_tiles import declare_tensors
 from pagoda.kernels.convolution_weight_depthwise import DepthwiseWeight
 from pagoda.kernels.convolution_weight_shape import (
     WeightPlan,
@@ -55,9 +56,7 @@ class _Weight:
         self.b = b = KernelBuilder("convolution_weight")
         for name in ("bo", "bc", "lines", "cols"):
             b.block(name, getattr(plan, name))
-        b.tensor("dw", output, 0)
-        self.x = b.tensor("x", operand, 4, sizes=(None, shape.h, shape.w, shape.ci))
-        b.tensor("g", operand, 0)
+        self.x = declare_tensors(b, shape, operand, output)
 
     def build(self) -> Kernel:
         b, s, plan = self.b, self.shape, self.plan

@@ -16,7 +16,7 @@ from pagoda.compiler.scalar import CoreCount, CoreId, Int, Scalar, minimum, sele
 from pagoda.compiler.tile_ir import Access, Kernel, Read, Tile, Tree, apply, splat
 from pagoda.isa.numbers import DType
 from pagoda.kernels.convolution_shape import ConvolutionShape, ceildiv
-from pagoda.kernels.convolution_tiles import padded
+from pagoda.kernels.convolution_tiles import declare_tensors, padded
 from pagoda.kernels.convolution_weight_shape import WeightPlan
 
 
@@ -29,9 +29,7 @@ class DepthwiseWeight:
         self.b = b = KernelBuilder("convolution_weight_depthwise")
         for name in ("bc", "lines", "taps"):
             b.block(name, getattr(plan, name))
-        b.tensor("dw", output, 0)
-        self.x = b.tensor("x", operand, 4, sizes=(None, shape.h, shape.w, shape.ci))
-        b.tensor("g", operand, 0)
+        self.x = declare_tensors(b, shape, operand, output)
         self.pitch = shape.pitch(plan.cols)
 
     def build(self) -> Kernel:
