@@ -212,6 +212,39 @@ def test_inner_layers_are_not_copied():
         block.to("cpu")
 
 
+def test_gradients_stay_channels_last():
+    """No tensor of a training step lies otherwise, though batch norm's operands are open."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in "ab")
+            self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = torch.relu(self.a(self.first(x)))
+            return torch.relu(self.b(self.second(y)) + x)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = nn.Sequential(Block(), Block(), *ends).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last)
+    net(x).square().sum().backward()
+    exact = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net.to(P)
+    before = len(call.compiled)
+    torch.compile(net, backend=P)(x.to(P)).square().sum().backward()
+    for parameter, wanted in zip(net.parameters(), exact, strict=True):
+        torch.testing.assert_close(parameter.grad.cpu(), wanted, rtol=1e-3, atol=1e-3)
+    forward, backward = (r for r in call.compiled[before:] if len(r.steps) > 8)
+    for region in (forward, backward):
+        views = {v for step in region.steps for v in step.args if v and len(v.sizes) == 4}
+        images = [v for v in views if [s.value for s in v.sizes] == [2, 4, 5, 6]]
+        assert len(images) > 5 and all(v.strides[1].value == 1 for v in images)
+
+
 PRECISIONS = [("highest", 1e-6), ("high", 1e-4), ("medium", 2e-2)]
 
 

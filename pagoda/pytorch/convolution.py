@@ -30,6 +30,7 @@ from pagoda.pytorch.matmul_precision import matmul_precision
 Ints = Sequence[int]
 
 _UPPER_HALF = -0x10000
+FEW_CHANNELS = 8  # with fewer, a product per tap would leave most of the array idle
 
 
 # The kernels as operations that tracing and Inductor carry through unchanged ----------------------
@@ -238,6 +239,7 @@ def _convolved(
 
     depthwise = groups == x.shape[1] and w.shape[0] == groups and w.shape[1] == 1 and groups > 1
     product = [*w.shape[2:], *stride, *padding, groups] == [1, 1, 1, 1, 0, 0, 1]
+    product = product and size == list(x.shape[2:])
     if x.dtype != torch.float32 or depthwise or product:
         return call(x, w, bias, x.dtype)
     return _in_terms(call, x, w, bias)
@@ -252,15 +254,37 @@ def _weight_gradient(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
+    kernel, channels = _fixed(sizes[2:]), int(sizes[1])
+    if groups == 1 and channels < FEW_CHANNELS and kernel[1] > 1:
+        patches = _columns_as_channels(
+            x, kernel[1], stride[1], padding[1], dilation[1], int(g.shape[3])
+        )
+        steps = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
+        size = g.shape[1], kernel[1] * channels, kernel[0], 1
+        found = _weight_gradient(patches, g, size, *(list(pair) for pair in steps), 1)
+        return found.permute(0, 2, 3, 1).reshape(-1, *kernel, channels).permute(0, 3, 1, 2)
+
     def call(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
         a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
-        kernel = _fixed(sizes[2:])
         return _convolution_weight(a, b, kernel, stride, padding, dilation, groups, dtype)
 
     depthwise = groups == x.shape[1] == g.shape[1] and groups > 1
     if x.dtype != torch.float32 or depthwise:
         return call(x, g, None, x.dtype)
     return _in_terms(call, x, g, None)
+
+
+def _columns_as_channels(
+    x: torch.Tensor, taps: int, stride: int, padding: int, dilation: int, count: int
+) -> torch.Tensor:
+    """[n, taps * c, h, count]: at each of `count` columns the pixels that a row of taps meets."""
+    batch, channels, high, wide = x.shape
+    reach = dilation * (taps - 1) + 1
+    after = (count - 1) * stride + reach - padding - wide
+    pixels = torch.nn.functional.pad(x, (padding, after)).permute(0, 2, 3, 1)
+    pixels = pixels.unfold(2, reach, stride)[..., ::dilation]  # [n, h, count, c, taps]
+    rows = pixels.transpose(3, 4).reshape(batch, high, count, taps * channels)
+    return rows.permute(0, 3, 1, 2)
 
 
 def _in_terms(
