@@ -9,6 +9,7 @@ import torch
 from torch._inductor.decomposition import select_decomp_table
 
 from pagoda.pytorch.convolution import convolution, convolution_backward
+from pagoda.pytorch.pooling import avg_pool2d, max_pool2d_with_indices
 
 aten = torch.ops.aten
 
@@ -32,6 +33,8 @@ def table() -> dict[Any, Callable]:
     return {
         **select_decomp_table(),
         aten.cumsum.default: _cumsum,
+        aten.avg_pool2d.default: avg_pool2d,
+        aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
         aten.convolution.default: convolution,
         aten.convolution_backward.default: convolution_backward,
     }
