@@ -38,7 +38,7 @@ def test_a_row_stays_in_sram_where_it_fits():
 
 def test_columns_of_a_tile_are_transferred_in_long_runs():
     """The sum over the rows of a matrix: its tiles are transposed, 16 columns are no 16 loads."""
-    b = Builder([Const(16)], [Const(6272)])
+    b = Builder([Const(16), Const(6272)], 1)
     x = b.load("x", "float32", I1 * 16 + I0)
     b.store("y", "float32", I0, b.reduce("sum", x))
     nest, _, _ = b.build()
