@@ -54,11 +54,20 @@ def check(function, x: torch.Tensor) -> None:
     assert torch.pagoda.fallbacks() == {}
 
 
-@settings(max_examples=4)
-@given(windows())
-def test_max(case):
+@settings(max_examples=6)
+@given(windows(), st.integers(1, 2), st.booleans())
+def test_max(case, apart, up):
     x, (kernel, stride, padding) = case
-    check(lambda t: F.max_pool2d(t, kernel, stride, padding), x)
+    sides = zip(x.shape[2:], kernel, padding, strict=True)
+    assume(all(n + 2 * p >= apart * (k - 1) + 1 for n, k, p in sides))
+    check(lambda t: F.max_pool2d(t, kernel, stride, padding, apart, ceil_mode=up), x)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(windows(), st.integers(1, 2), st.booleans())
+def test_max_of_many(case, apart, up):
+    test_max.hypothesis.inner_test(case, apart, up)
 
 
 @settings(max_examples=4)

@@ -9,7 +9,11 @@ import torch
 from torch._inductor.decomposition import select_decomp_table
 
 from pagoda.pytorch.convolution import convolution, convolution_backward
-from pagoda.pytorch.pooling import avg_pool2d, max_pool2d_with_indices
+from pagoda.pytorch.pooling import (
+    avg_pool2d,
+    max_pool2d_with_indices,
+    max_pool2d_with_indices_backward,
+)
 
 aten = torch.ops.aten
 
@@ -35,6 +39,7 @@ def table() -> dict[Any, Callable]:
         aten.cumsum.default: _cumsum,
         aten.avg_pool2d.default: avg_pool2d,
         aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
+        aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
         aten.convolution.default: convolution,
         aten.convolution_backward.default: convolution_backward,
     }
