@@ -73,7 +73,7 @@ class Case:
         if self.extra is not None:
             op = F.conv_transpose2d if x.dim() == 4 else F.conv_transpose1d
             return op(x, w, bias, output_padding=self.extra, **form)
-        return (F.conv2d if x.dim() == 4 else F.conv1d)(x, w, bias, **form)
+        return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](x, w, bias, **form)
 
 
 @st.composite
@@ -290,10 +290,18 @@ def test_infinities_as_in_float32():
     torch.testing.assert_close(found, F.conv2d(x, w), equal_nan=True)
 
 
-def test_three_dimensions_are_refused():
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_three_dimensions(dtype):
+    sizes, kernel, steps = (5, 6, 7), (3, 2, 3), ((2, 1, 2), (1, 0, 2), (1, 2, 1))
+    case = Case(2, 2, 3, 2, sizes, kernel, *steps, None, True, False, dtype)
+    check_forward(case)
+    check_gradients(case)
+
+
+def test_transposed_in_three_dimensions_is_refused():
     with pytest.raises(NotImplementedError) as error:
-        F.conv3d(torch.zeros(1, 1, 3, 3, 3).to(P), torch.zeros(1, 1, 2, 2, 2).to(P))
+        F.conv_transpose3d(torch.zeros(1, 1, 3, 3, 3).to(P), torch.zeros(1, 1, 2, 2, 2).to(P))
     assert (
-        "a convolution in 3 dimensions has no kernel, only those in one and two. Write it as a sum "
-        "of convolutions in two dimensions."
+        "a transposed convolution in 3 dimensions has no kernel, only those in one and two. Write "
+        "it as a sum of those."
     ) in str(error.value)

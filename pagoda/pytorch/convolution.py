@@ -158,14 +158,15 @@ def convolution(
     transposed: bool,
     output_padding: Ints,
     groups: int,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """aten.convolution in one or two dimensions: x [n, c, *space], weight [o, c / groups, *kernel]
-    (transposed: [c, o / groups, *kernel])."""
+    (transposed: [c, o / groups, *kernel]). dtype: of the result, float32 or that of x."""
     rank = _rank(weight)
     _fixed((*x.shape[1:], *weight.shape))
     if rank == 1:
         steps = [[1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding]]
-        out = convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *steps, groups)
+        out = convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *steps, groups, dtype)
         return out.squeeze(2)
     inputs, kernel = x.shape[2:], weight.shape[2:]
     stride, padding, dilation = (_each(v) for v in (stride, padding, dilation))
@@ -176,7 +177,8 @@ def convolution(
     else:
         size = [(n + 2 * p - r) // s + 1 for n, s, p, r, _ in dims]
     op = _convolution_transposed if transposed else _convolution
-    out = _convolved(op, x, weight, bias, _fixed(size), stride, padding, dilation, groups)
+    steps = stride, padding, dilation
+    out = _convolved(op, x, weight, bias, _fixed(size), *steps, groups, dtype)
     return _laid_out(out, x, weight)
 
 
@@ -232,6 +234,7 @@ def _convolved(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     def call(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
         a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
@@ -241,7 +244,7 @@ def _convolved(
     product = [*w.shape[2:], *stride, *padding, groups] == [1, 1, 1, 1, 0, 0, 1]
     product = product and size == list(x.shape[2:])
     if x.dtype != torch.float32 or depthwise or product:
-        return call(x, w, bias, x.dtype)
+        return call(x, w, bias, dtype or x.dtype)
     return _in_terms(call, x, w, bias)
 
 
@@ -328,8 +331,8 @@ def _rank(weight: torch.Tensor) -> int:
     rank = weight.dim() - 2
     if rank not in (1, 2):
         raise Unsupported(
-            f"a convolution in {rank} dimensions has no kernel, only those in one and two. Write "
-            "it as a sum of convolutions in two dimensions."
+            f"a transposed convolution in {rank} dimensions has no kernel, only those in one and "
+            "two. Write it as a sum of those."
         )
     return rank
 

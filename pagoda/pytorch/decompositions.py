@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._inductor.decomposition import select_decomp_table
 
-from pagoda.pytorch.convolution import convolution, convolution_backward
+from pagoda.pytorch.convolution_3d import convolution, convolution_backward
 from pagoda.pytorch.pooling import (
     avg_pool2d,
     max_pool2d_with_indices,
