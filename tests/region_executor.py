@@ -75,10 +75,33 @@ def _library(step: KernelCall, *tensors: torch.Tensor | None) -> None:
             meaning += [attributes["dropout"]] if name != "sdpa" else []
             results = getattr(torch.ops.pagoda, name)(*wide, *meaning)
             results = (results,) if name == "sdpa" else results
+        case "convolution" | "convolution_transposed" | "convolution_weight" as name:
+            results = (_convolution(name, attributes, outs[0], *args),)
         case name:
             raise AssertionError(name)
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
+
+
+def _convolution(name: str, given: dict, out: torch.Tensor, *args) -> torch.Tensor:
+    """Only symmetric padding, as in every region before it is built."""
+    stride, dilation = ((given[f"{n}_h"], given[f"{n}_w"]) for n in ("stride", "dilation"))
+    padding, groups = (given["pad_top"], given["pad_left"]), given["groups"]
+    x, w, *bias = (None if t is None else t.float() for t in args)
+    if name == "convolution":
+        assert not given["transposed"]
+        return torch.nn.functional.conv2d(x, w, *bias, stride, padding, dilation, groups)
+    if name == "convolution_weight":
+        return torch.nn.grad.conv2d_weight(x, out.shape, w, stride, padding, dilation, groups)
+    extra = [
+        have - ((count - 1) * s - 2 * p + d * (k - 1) + 1)
+        for have, count, s, p, d, k in zip(
+            out.shape[2:], x.shape[2:], stride, padding, dilation, w.shape[2:], strict=True
+        )
+    ]
+    return torch.nn.functional.conv_transpose2d(
+        x, w, *bias, stride, padding, extra, groups, dilation
+    )
 
 
 def _bytes(arg: TensorArg) -> np.ndarray:

@@ -31,13 +31,13 @@ def view(buffer, sizes, order, dtype="bfloat16"):
     return View(buffer, Const(0), tuple(sizes), tuple(strides), dtype)
 
 
-def made(shape, follower=False, pixels=(0, 2, 3, 1)):
+def made(shape, follower=False, pixels=(0, 2, 3, 1), transposed=False):
     """out = convolution(x, w) + bias, for n images; then perhaps y = max(out + rest, 0)."""
     (kh, kw), (sy, sx), (dy, dx) = shape.kernel, shape.stride, shape.dilation
     attributes = (
-        ("stride_h", sy), ("stride_w", sx), ("pad_h", shape.padding[0][0]),
-        ("pad_w", shape.padding[1][0]), ("dilation_h", dy), ("dilation_w", dx),
-        ("groups", shape.groups),
+        ("stride_h", sy), ("stride_w", sx), ("pad_top", shape.padding[0][0]),
+        ("pad_left", shape.padding[1][0]), ("dilation_h", dy), ("dilation_w", dx),
+        ("groups", shape.groups), ("transposed", transposed),
     )  # fmt: skip
     layout = {"ohwi": (0, 2, 3, 1), "hwio": (2, 3, 1, 0)}[shape.weights]
     out = view(0, (N, shape.co, shape.oh, shape.ow), pixels)

@@ -36,6 +36,16 @@ def test_a_row_stays_in_sram_where_it_fits():
     assert choose_blocks(wide, {"n0": 512}, PRESETS["edge"]).cols < 200_000
 
 
+def test_columns_of_a_tile_are_transferred_in_long_runs():
+    """The sum over the rows of a matrix: its tiles are transposed, 16 columns are no 16 loads."""
+    b = Builder([Const(16), Const(6272)], 1)
+    x = b.load("x", "float32", I1 * 16 + I0)
+    b.store("y", "float32", I0, b.reduce("sum", x))
+    nest, _, _ = b.build()
+    assert choose_blocks(nest, {}, PRESETS["edge"]).rows == 16
+    assert choose_blocks(nest, {}, PRESETS["tiny"]).rows == 16
+
+
 def test_words_name_slots_offsets_and_symbols():
     lowered = lower(softmax(Symbol("n")), Blocks(4, 64))
     assert [(w.what, w.index) for w in lowered.words] == [

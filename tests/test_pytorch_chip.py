@@ -312,8 +312,8 @@ def test_unsupported_operation_names_its_line(cache: Cache) -> None:
     line = inverted.__code__.co_firstlineno + 1
     assert (
         "operation linalg_inv_ex is not supported on device pagoda: it is neither a loop nest nor "
-        "one of the library kernels (mm, bmm, addmm, scaled_dot_product_attention). Rewrite the "
-        "model without it, or compute it on the CPU with .cpu(). It comes from file "
+        "one of the library kernels (mm, bmm, addmm, scaled_dot_product_attention, convolution). "
+        "Rewrite the model without it, or compute it on the CPU with .cpu(). It comes from file "
         f'"{__file__}", line {line}, in inverted: return torch.linalg.inv(x) + 1'
     ) in str(error.value)
     assert torch.pagoda.fallbacks() == {}

@@ -200,9 +200,10 @@ def test_unsupported_operation_is_named() -> None:
     assert str(error.value) == (
         "operation aten.linalg_inv_ex.inverse cannot run on device pagoda: operation "
         "linalg_inv_ex is not supported on device pagoda: it is neither a loop nest nor one of "
-        "the library kernels (mm, bmm, addmm, scaled_dot_product_attention). Rewrite the model "
-        "without it, or compute it on the CPU with .cpu(). It is never computed on the CPU in "
-        "silence; if that is what you want, move its inputs with .cpu() and the result back."
+        "the library kernels (mm, bmm, addmm, scaled_dot_product_attention, convolution). "
+        "Rewrite the model without it, or compute it on the CPU with .cpu(). It is never computed "
+        "on the CPU in silence; if that is what you want, move its inputs with .cpu() and the "
+        "result back."
     )
 
 

@@ -15,13 +15,14 @@ from pagoda.compiler.allocate import allocate
 from pagoda.compiler.errors import CompileError
 from pagoda.compiler.index_expr import Const
 from pagoda.compiler.link import kernel_sram
-from pagoda.compiler.loop_nest import LoopNest
+from pagoda.compiler.loop_nest import Load, LoopNest, Store
 from pagoda.compiler.nest_lowering import Blocks, LoweredNest, lower
-from pagoda.compiler.nest_plan import plan, size_of
+from pagoda.compiler.nest_plan import Plan, plan, size_of
 from pagoda.compiler.nest_simplify import simplify
 from pagoda.compiler.schedule import pack_elementwise, wanted_buffers
 from pagoda.isa.chip import Chip
 
+TURNED_ROWS = 64  # of a tile that is transferred by columns: shorter columns waste DRAM atoms
 COMMAND_CYCLES = 512  # a vector command of this length hides its own issue and its neighbours'
 
 
@@ -50,14 +51,16 @@ def _choose(nest: LoopNest, hints: tuple[tuple[str, int], ...], chip: Chip) -> B
             cols = -(-cols // chip.cores)
         elif isinstance(small.dims[layout.col], Const):
             cols = small.dims[layout.col].value
+    least = min(rows, TURNED_ROWS) if _turns(small, layout) else 1
     best: Blocks | None = None
     for width in _widths(cols, wanted, bool(small.reduced)):
-        blocks = _tallest(nest, sizes, chip, width, rows, wanted)
+        blocks = _tallest(nest, sizes, chip, width, rows, max(wanted // width, least))
         if blocks is None:
             continue
-        if best is None or blocks.rows * blocks.cols > 2 * best.rows * best.cols:
+        if best is None or _better(blocks, best, least):
             best = blocks
-        if best.rows * best.cols >= min(wanted, rows * min(cols, width)) // 4:
+        enough = best.rows * best.cols >= min(wanted, rows * min(cols, width)) // 4
+        if enough and best.rows >= least:
             break
     if best is None:
         allocate(
@@ -67,6 +70,24 @@ def _choose(nest: LoopNest, hints: tuple[tuple[str, int], ...], chip: Chip) -> B
         )
         best = Blocks(1, 64)
     return best
+
+
+def _turns(nest: LoopNest, layout: Plan) -> bool:
+    """Does an access run along the rows of the tile, so that columns of it are transferred?"""
+    for op in nest.body:
+        affine = op.index.affine() if isinstance(op, (Load, Store)) else None
+        if affine is None or layout.row is None or layout.col is None:
+            continue
+        down, across = (affine.coefficients.get(d, Const(0)) for d in (layout.row, layout.col))
+        if down == Const(1) and across not in (Const(0), Const(1)):
+            return True
+    return False
+
+
+def _better(blocks: Blocks, best: Blocks, least: int) -> bool:
+    if (blocks.rows >= least) != (best.rows >= least):
+        return blocks.rows >= least
+    return blocks.rows * blocks.cols > 2 * best.rows * best.cols
 
 
 def _widths(cols: int, wanted: int, reduces: bool) -> Iterator[int]:
@@ -86,9 +107,9 @@ def _widths(cols: int, wanted: int, reduces: bool) -> Iterator[int]:
 def _tallest(
     nest: LoopNest, hints: Mapping[str, int], chip: Chip, width: int, rows: int, wanted: int
 ) -> Blocks | None:
-    """The most rows, up to `rows` and to what makes a block of the wanted size, that fit."""
+    """The most rows, up to `rows` and to those wanted, that fit."""
     height = 1
-    while height < min(rows, wanted // width):
+    while height < min(rows, wanted):
         height *= 2
     while height:
         blocks = Blocks(height, width)

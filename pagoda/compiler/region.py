@@ -51,14 +51,22 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          dq is float32 and still lacks the factor `scale`. delta[b,h,q] (float32) is the sum of
 #          dout * out over d.
 # convolution   out[n,o,y,x] = bias[o] + sum over ky, kx, c of w[o,c,ky,kx]
-#          * x[n, c, y stride_h + ky dilation_h - pad_h, x stride_w + kx dilation_w - pad_w]
+#          * x[n, c, y stride_h + ky dilation_h - pad_top, x stride_w + kx dilation_w - pad_left]
 #          in torch's order of dimensions, zeros outside; group g of `groups` takes its share of the
-#          channels c to its share of o. 1-D: without the dimensions y and ky. out and x lie with
-#          channels last, w as [o,ky,kx,c] (torch's channels last) or [ky,kx,c,o].
+#          channels c to its share of o. out and x lie with channels last (out perhaps with gaps
+#          between pixels), w with c or o contiguous. As many y and x as out has; pad_top and
+#          pad_left may be negative. transposed: w is given as for a transposed convolution, [c, o
+#          of a group, ky, kx] and turned by half a turn: kernel row ky is the last but ky.
+# convolution_transposed   out[n,o,y,x] = bias[o] + sum over c and all iy stride_h + ky dilation_h
+#          - pad_top = y, ix stride_w + kx dilation_w - pad_left = x of x[n,c,iy,ix] w[c,o,ky,kx],
+#          with groups and layouts as above
+# convolution_weight   out[o,c,ky,kx] = sum over n, y, x of g[n,o,y,x] * x[n, c, y stride_h +
+#          ky dilation_h - pad_top, x stride_w + kx dilation_w - pad_left]: the gradient for w where
+#          g is that for the result; x and g with channels last, out with c contiguous
 #
-# mm, bmm, addmm, convolution and sdpa accumulate in float32 and round once, on the way out (the
-# weights of softmax may be rounded to the type of v before they meet it: a kernel's choice). How
-# exactly they multiply float32 operands is the call's `precision`.
+# All of these accumulate in float32 and round once, on the way out (the weights of softmax may be
+# rounded to the type of v before they meet it: a kernel's choice). How exactly they multiply
+# float32 operands is the call's `precision`; a convolution of them is depthwise or has one tap.
 LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "copy": (("out", "a"), ()),
     "mm": (("out", "a", "b"), ()),
@@ -66,7 +74,18 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "addmm": (("out", "bias", "a", "b"), ("alpha", "beta")),
     "convolution": (
         ("out", "x", "w", "bias?"),
-        ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups"),
+        (
+            "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups",
+            "transposed",
+        ),
+    ),
+    "convolution_transposed": (
+        ("out", "x", "w", "bias?"),
+        ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups"),
+    ),
+    "convolution_weight": (
+        ("out", "x", "g"),
+        ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups"),
     ),
     "sdpa": (("out", "q", "k", "v", "mask?"), ("causal", "scale")),
     "sdpa_training": (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from pagoda.compiler.cache import Cache
@@ -22,7 +23,7 @@ from pagoda.compiler.link import dispatcher_bytes, link
 from pagoda.compiler.loop_nest import ITEMSIZE, Builder, LoopNest
 from pagoda.compiler.nest_blocks import choose_blocks
 from pagoda.compiler.nest_lowering import lower
-from pagoda.compiler.region import KernelCall, Region, View
+from pagoda.compiler.region import KernelCall, LibraryCall, Region, View
 from pagoda.compiler.tile_ir import Kernel
 from pagoda.isa.chip import Chip
 from pagoda.kernels.attention_backward_call import (
@@ -30,7 +31,8 @@ from pagoda.kernels.attention_backward_call import (
     attention_backward_for,
 )
 from pagoda.kernels.attention_call import attention_arguments, attention_for, causal_offset
-from pagoda.kernels.convolution_call import convolution_for
+from pagoda.kernels.convolution_call import convolution_for, convolution_weight_for
+from pagoda.kernels.convolution_transposed import expand_transposed
 from pagoda.kernels.fusion import FusedCall, fuse
 from pagoda.kernels.matmul_call import matmul_for
 
@@ -52,6 +54,7 @@ def build(
     symbols: sizes to choose tiles for; it runs, with the same bits, for any others. Raises
     CompileError, naming the step, for what no kernel does.
     """
+    region = replace(region, steps=tuple(one for step in region.steps for one in _expand(step)))
     steps = [_prepare(step, chip, symbols) for step in fuse(region)]
     blobs: dict[Kernel, Blob] = {}
     for step in steps:
@@ -83,8 +86,15 @@ def _plan(
     return PlannedLaunch(linked.program, calls)
 
 
+def _expand(step: KernelCall) -> Iterable[KernelCall]:
+    if not isinstance(step.kernel, LibraryCall) or step.kernel.name != "convolution_transposed":
+        return (step,)
+    with _named(step):
+        return tuple(expand_transposed(step))
+
+
 def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
-    try:
+    with _named(step):
         if isinstance(step, FusedCall):
             return _fused(step, chip, symbols)
         if isinstance(step.kernel, LoopNest):
@@ -103,16 +113,26 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)
             return _Step(kernel, _words(kernel, views, {}), step.origin)
+        if step.kernel.name == "convolution_weight":
+            kernel, views = convolution_weight_for(step, chip, symbols)
+            return _Step(kernel, _words(kernel, views, {}), step.origin)
         if step.kernel.name == "convolution":
             kernel, views = convolution_for(step, chip, symbols)
             return _Step(kernel, _words(kernel, views, {}), step.origin)
-    except CompileError as error:
-        error.add_note(f"in the step {step.origin or step.kernel}")
-        raise
     raise CompileError(
         f"step {step.origin!r}", "a step is a loop nest or a kernel of the library",
         f"it is {step.kernel}", "write it with operations that the library has",
     )  # fmt: skip
+
+
+@contextmanager
+def _named(step: KernelCall | FusedCall) -> Iterator[None]:
+    """Errors say which step it was."""
+    try:
+        yield
+    except CompileError as error:
+        error.add_note(f"in the step {step.origin or step.kernel}")
+        raise
 
 
 def _copy(step: KernelCall) -> KernelCall:

@@ -79,7 +79,7 @@ class _Convolution(ConvolutionBuilder):
                 n = b.let("n", minimum(plan.bn, s.group_co - start))
                 channel = b.let("channel", group * s.group_co + start)
                 acc = b.tile(self.sums, plan.pixels, plan.bn, name="acc", memory="acc")
-                self._products(acc, window, group, channel, n, images, rows, cols)
+                self._products(acc, window, group, start, n, images, rows, cols)
                 self.finish(acc, channel, n, image, oy, ox, images, rows, cols)
         return b.build()
 
@@ -118,7 +118,7 @@ class _Convolution(ConvolutionBuilder):
         return window
 
     def _products(
-        self, acc: Tile, window: Tile, group: Scalar, channel: Scalar, n: Scalar,
+        self, acc: Tile, window: Tile, group: Scalar, start: Scalar, n: Scalar,
         images: Scalar, rows: Scalar, cols: Scalar,
     ) -> None:  # fmt: skip
         b, s, plan = self.b, self.shape, self.plan
@@ -131,7 +131,7 @@ class _Convolution(ConvolutionBuilder):
             loop(b, "c", 0, s.group_ci, plan.bk) as c,
         ):
             bk = b.let("k", minimum(plan.bk, s.group_ci - c))
-            weights = self._weights(channel, n, ky, kx, c, bk)
+            weights = self._weights(group, start, n, ky, kx, c, bk)
             right = kx * dx
             view = window.view(
                 ky * (dy * (self.pitch // sx)) + right // sx,
@@ -144,23 +144,27 @@ class _Convolution(ConvolutionBuilder):
                 runs = plan.run, dx * s.ci * self.size
             b.dot(
                 acc, view, weights, cols, n, k, accumulate=maximum(maximum(ky, kx), c),
-                transpose_b=s.weights == "ohwi", a_outer=outer, k_outer=runs,
+                transpose_b=s.layout.turned, a_outer=outer, k_outer=runs,
             )  # fmt: skip
 
     def _weights(
-        self, channel: Scalar, n: Scalar, ky: Scalar, kx: Scalar, c: Scalar, bk: Scalar
-    ) -> Tile:
-        b, s, plan = self.b, self.shape, self.plan
-        kh, kw = s.kernel
+        self, group: Scalar, start: Scalar, n: Scalar, ky: Scalar, kx: Scalar, c: Scalar,
+        bk: Scalar,
+    ) -> Tile:  # fmt: skip
+        """`run` taps of `bk` channels each: [n, run * bk], or [run * bk, n] if not turned."""
+        b, s, plan, lies = self.b, self.shape, self.plan, self.shape.layout
         deep = plan.run * plan.bk
-        first = (ky * kw + kx) * s.group_ci + c
-        if s.weights == "ohwi":
-            tile = b.tile(self.operand, plan.bn, deep, name="weights", buffers=plan.buffers)
-            depth = kh * kw * s.group_ci
-            access = Access("w", (channel * depth + first) * self.size, Int(depth * self.size))
-            b.load(tile, access, n, bk * plan.run)
-        else:
-            tile = b.tile(self.operand, deep, plan.bn, name="weights", buffers=plan.buffers)
-            access = Access("w", (first * s.co + channel) * self.size, Int(s.co * self.size))
-            b.load(tile, access, bk * plan.run, n)
+        extents = (plan.bn, deep) if lies.turned else (deep, plan.bn)
+        tile = b.tile(self.operand, *extents, name="weights", buffers=plan.buffers)
+        offset = group * lies.group + start * lies.output + c * lies.channel + lies.start
+        offset = (offset + ky * lies.row + kx * lies.column) * self.size
+        rows = Int((lies.output if lies.turned else lies.channel) * self.size)
+        if plan.run == 1 or lies.column == s.group_ci * lies.channel:  # taps follow one another
+            extent = (n, bk * plan.run) if lies.turned else (bk * plan.run, n)
+            b.load(tile, Access("w", offset, rows), *extent)
+            return tile
+        taps = Access("w", offset, rows, Int(lies.column * self.size))
+        extent = (n, bk) if lies.turned else (bk, n)
+        step = bk * (self.size if lies.turned else tile.row_bytes)
+        b.load(tile, taps, *extent, plan.run, row_stride=tile.row_bytes, plane_stride=step)
         return tile

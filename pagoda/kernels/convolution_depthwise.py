@@ -35,17 +35,29 @@ class Depthwise(ConvolutionBuilder):
         return b.build()
 
     def _weights(self, channel: Scalar, n: Scalar) -> Tile:
-        """[taps, channels]."""
-        b, s, plan = self.b, self.shape, self.plan
-        taps = s.kernel[0] * s.kernel[1]
-        tile = b.tile(self.operand, taps, plan.bn, name="weights")
-        if s.weights == "hwio":
-            b.load(tile, Access("w", channel * self.size, Int(s.co * self.size)), taps, n)
+        """[taps, channels], the taps in the order in which they lie in memory."""
+        b, s, plan, lies = self.b, self.shape, self.plan, self.shape.layout
+        (kh, kw), row, column = s.kernel, abs(lies.row), abs(lies.column)
+        first = lies.start + min(lies.row, 0) * (kh - 1) + min(lies.column, 0) * (kw - 1)
+        runs = [(0, kh * kw)] if row == kw * column or kh == 1 else [(k, kw) for k in range(kh)]
+        tile = b.tile(self.operand, kh * kw, plan.bn, name="weights")
+
+        def access(ky: int, step: int, tap: int = 0) -> Access:
+            offset = channel * lies.group + (first + ky * row + tap * column)
+            return Access("w", offset * self.size, Int(step * self.size))
+
+        if lies.group == 1:
+            for ky, count in runs:
+                b.load(tile.view(ky * kw), access(ky, column), count, n)
             return tile
-        stored = b.tile(self.operand, plan.bn, taps, name="stored")
-        step = taps * self.size
-        b.load(stored, Access("w", channel * step, Int(step)), n, taps)
-        b.transpose(tile, stored, n, taps)
+        stored = b.tile(self.operand, plan.bn, kh * kw, name="stored")
+        for ky, count in runs:
+            if column == 1 or count == 1:
+                b.load(stored.view(0, ky * kw), access(ky, lies.group), n, count)
+                continue
+            for tap in range(count):
+                b.load(stored.view(0, ky * kw + tap), access(ky, lies.group, tap), n, 1)
+        b.transpose(tile, stored, n, kh * kw)
         return tile
 
     def _window(
@@ -82,7 +94,9 @@ class Depthwise(ConvolutionBuilder):
         sy, sx = s.local_stride
         right = kx * s.dilation[1]
         lines = self.pitch // sx
-        factor = Row(weights.view(ky * s.kernel[1] + kx))
+        (kh, kw), lies = s.kernel, s.layout
+        place = (ky if lies.row >= 0 else kh - 1 - ky) * kw
+        factor = Row(weights.view(place + (kx if lies.column >= 0 else kw - 1 - kx)))
         with b.loop("row", 0, rows) as row:
             sums = acc.view(row * cols)
             down = (row * sy + ky * s.dilation[0]) * lines + right // sx

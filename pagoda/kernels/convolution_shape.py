@@ -33,11 +33,33 @@ DEPENDENT_FMA = 24  # cycles from a vector command's end to the start of one tha
 
 
 @dataclass(frozen=True)
+class WeightLayout:
+    """Where a kernel's elements lie, in elements from the tensor's first: that of group g, output o
+    and channel c of it, kernel row ky and column kx at start + g group + o output + c channel +
+    ky row + kx column. Rows and columns may be negative: a kernel turned by half a turn."""
+
+    start: int
+    group: int
+    output: int
+    channel: int
+    row: int
+    column: int
+
+    @property
+    def turned(self) -> bool:
+        """Does it enter the array as a transposed B, [outputs, channels]?"""
+        return self.channel == 1
+
+
+@dataclass(frozen=True)
 class ConvolutionShape:
     """y[n, oh, ow, co] = x[n, h, w, ci] * weights (+ bias); extents in elements, channels last.
 
-    padding: zeros (before, after) each of h and w. weights "ohwi": [co, kh, kw, ci / groups], what
-    torch's channels_last makes of a Conv2d's; "hwio": [kh, kw, ci / groups, co].
+    padding: zeros (before, after) each of h and w; a negative number leaves out that many rows or
+    columns of x. weights "ohwi": [co, kh, kw, ci / groups], what torch's channels_last makes of a
+    Conv2d's; "hwio": [kh, kw, ci / groups, co]; or any layout whose channels in or out are
+    contiguous. output_steps: elements from image to image, row to row and pixel to pixel of y,
+    which is dense without them.
     """
 
     n: int
@@ -51,9 +73,10 @@ class ConvolutionShape:
     padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
     groups: int = 1
     bias: bool = False
-    weights: Literal["ohwi", "hwio"] = "ohwi"
+    weights: Literal["ohwi", "hwio"] | WeightLayout = "ohwi"
     operand_bytes: int = 2
     output_bytes: int = 2
+    output_steps: tuple[int, int, int] | None = None
     epilogue: EpilogueCost | None = None
 
     def __post_init__(self) -> None:
@@ -71,10 +94,6 @@ class ConvolutionShape:
             self.ci % self.groups == 0 and self.co % self.groups == 0,
             "groups divides the channels in and out",
             f"{self.groups} groups of {self.ci} and {self.co} channels", "choose another number",
-        )  # fmt: skip
-        expect(
-            min(p for pair in self.padding for p in pair) >= 0, "padding is not negative",
-            f"it is {self.padding}", "cut the input off first",
         )  # fmt: skip
         expect(
             self.oh > 0 and self.ow > 0, "the padded input is no smaller than the dilated kernel",
@@ -100,6 +119,21 @@ class ConvolutionShape:
     @property
     def group_co(self) -> int:
         return self.co // self.groups
+
+    @property
+    def layout(self) -> WeightLayout:
+        kw, ci, co = self.kernel[1], self.group_ci, self.co
+        if self.weights == "ohwi":
+            depth = self.kernel[0] * kw * ci
+            return WeightLayout(0, self.group_co * depth, depth, 1, kw * ci, ci)
+        if self.weights == "hwio":
+            return WeightLayout(0, self.group_co, 1, co, kw * ci * co, ci * co)
+        return self.weights
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """Elements from image to image, row to row and pixel to pixel of y."""
+        return self.output_steps or (self.oh * self.ow * self.co, self.ow * self.co, self.co)
 
     @property
     def macs(self) -> int:
@@ -194,7 +228,7 @@ def fits(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan) -> bool:
     return 2 * sums <= chip.acc_bytes and needed <= high - low
 
 
-def _blocks(extent: int, block: int) -> Iterator[Pair]:
+def blocks(extent: int, block: int) -> Iterator[Pair]:
     """(size, how often) of the blocks that an extent falls into."""
     if extent // block:
         yield block, extent // block
@@ -205,9 +239,9 @@ def _blocks(extent: int, block: int) -> Iterator[Pair]:
 def convolution_cycles(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan) -> int:
     """Estimated cycles of the core with the most work, launch excluded."""
     total = first = last = 0.0
-    for images, n_images in _blocks(shape.n, plan.images):
-        for rows, n_rows in _blocks(shape.oh, plan.rows):
-            for cols, n_cols in _blocks(shape.ow, plan.cols):
+    for images, n_images in blocks(shape.n, plan.images):
+        for rows, n_rows in blocks(shape.oh, plan.rows):
+            for cols, n_cols in blocks(shape.ow, plan.cols):
                 window = _window_cycles(chip, shape, images, rows, cols)
                 matrix, port, store = _tile_cycles(chip, shape, plan, images * rows * cols)
                 wait = chip.dram_latency + 50
@@ -236,15 +270,16 @@ def _tile_cycles(
 ) -> tuple[float, float, int]:
     """For m pixels and all channels: cycles of the matrix engine, of the port for weights and
     outputs, and of the port for one store."""
-    turned = shape.weights == "ohwi"
+    turned = shape.layout.turned
     size, taps = shape.operand_bytes, shape.kernel[0] * shape.kernel[1]
     matrix = port = 0.0
     store = 0
-    depth = taps * shape.group_ci if turned else shape.co
-    for n, count in _blocks(shape.group_co, plan.bn):
+    depth = shape.layout.output if turned else shape.layout.channel
+    pitch = shape.steps[2]
+    for n, count in blocks(shape.group_co, plan.bn):
         count *= shape.groups
         matrix += count * TILE_CYCLES / 4
-        for bk, n_bk in _blocks(shape.group_ci, plan.bk):
+        for bk, n_bk in blocks(shape.group_ci, plan.bk):
             merged = merges_run(shape)
             outer, inner = (1, plan.run * bk) if merged else (plan.run, bk)
             dot = timing.matmul(chip, m, n, outer, inner, False, turned)
@@ -256,8 +291,8 @@ def _tile_cycles(
         if shape.bias or shape.epilogue:
             local = shape.output_bytes
         if shape.epilogue is not None and shape.epilogue.loaded_bytes:
-            port += count * port_cycles(chip, m, n, shape.co, shape.epilogue.loaded_bytes)
-        store = port_cycles(chip, m, n, shape.co, shape.output_bytes, local)
+            port += count * port_cycles(chip, m, n, pitch, shape.epilogue.loaded_bytes)
+        store = port_cycles(chip, m, n, pitch, shape.output_bytes, local)
         port += count * store
     return matrix, port, store
 
@@ -328,18 +363,18 @@ def depthwise_cycles(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan)
     tiles = shape.n * ceildiv(shape.oh, plan.rows) * ceildiv(shape.ow, plan.cols)
     share = ceildiv(tiles, chip.cores) / tiles
     total = 0.0
-    for n, n_n in _blocks(shape.co, plan.bn):
-        turn = timing.transpose(chip, n, taps).occupancy if shape.weights == "ohwi" else 0
+    for n, n_n in blocks(shape.co, plan.bn):
+        turn = 0 if shape.layout.group == 1 else timing.transpose(chip, n, taps).occupancy
         total += n_n * (turn + chip.dram_latency)
-        for rows, n_rows in _blocks(shape.oh, plan.rows):
-            for cols, n_cols in _blocks(shape.ow, plan.cols):
+        for rows, n_rows in blocks(shape.oh, plan.rows):
+            for cols, n_cols in blocks(shape.ow, plan.cols):
                 high, wide = shape.window(rows, cols)
                 issue = (high + taps * rows + 6) * ISSUE_CYCLES + 2 * TILE_CYCLES
                 # A row's next tap needs its sums: the rows between hide what that takes.
                 one = timing.vector(chip, cols, n, 0, 0).occupancy
                 vector = taps * max(rows * (one + 2), one + DEPENDENT_FMA)
                 port = high * port_cycles(chip, wide, n, shape.ci, size)
-                port += port_cycles(chip, rows * cols, n, shape.co, shape.output_bytes)
+                port += port_cycles(chip, rows * cols, n, shape.steps[2], shape.output_bytes)
                 cycles = max(issue, vector, port)
                 total += shape.n * n_rows * n_cols * n_n * cycles * share
     return int(total)

@@ -41,12 +41,16 @@ class ConvolutionBuilder:
             b.block(name, getattr(plan, name))
         s, (kh, kw) = shape, shape.kernel
         if epilogue is None:
-            self._tensor("y", output, (None, s.oh, s.ow, s.co))
+            size = output.bits // 8
+            steps = tuple(step * size for step in s.steps)
+            b.tensor("y", output, 4, sizes=(None, s.oh, s.ow, s.co), strides=(*steps, size))
         self.x = self._tensor("x", operand, (None, s.h, s.w, s.ci))
         if s.weights == "ohwi":
             self._tensor("w", operand, (s.co, kh, kw, s.group_ci))
-        else:
+        elif s.weights == "hwio":
             self._tensor("w", operand, (kh, kw, s.group_ci, s.co))
+        else:
+            b.tensor("w", operand, 0)
         self.bias = None if bias is None else self._tensor("bias", bias, (s.co,))
         self.window_rows, self.window_cols = s.window(plan.rows, plan.cols)
         self.pitch = s.pitch(plan.cols)
@@ -75,24 +79,7 @@ class ConvolutionBuilder:
     def padded(
         self, dim: int, first: Scalar, count: Scalar, size: int
     ) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-        """Along one dimension: extent of the window, zeros before and after, first input."""
-        b, s = self.b, self.shape
-        name = "yx"[dim]
-        before, after = s.padding[dim]
-        span = (s.kernel[dim] - 1) * s.dilation[dim] + 1
-        extent = b.let(f"extent_{name}", (count - 1) * s.stride[dim] + span)
-        start = b.let(f"start_{name}", first * s.stride[dim] - before)
-        head: Scalar = ZERO
-        tail: Scalar = ZERO
-        if before:
-            head = b.let(f"before_{name}", minimum(maximum(-start, 0), extent))
-        if after:
-            tail = minimum(maximum(start + extent - size, 0), extent - head)
-            tail = b.let(f"after_{name}", tail)
-        # A window of nothing but padding reads nothing: its start only has to lie in the tensor.
-        if before or after:
-            start = b.let(f"first_{name}", minimum(maximum(start, 0), size - 1))
-        return extent, head, tail, start
+        return padded(self.b, self.shape, dim, first, count, size)
 
     def input_offset(self, image: Scalar, y: Scalar, x: Scalar) -> Scalar:
         s = self.shape
@@ -117,14 +104,36 @@ class ConvolutionBuilder:
             i, j = Range(start, pixels, plan.pixels), Range(channel, n, plan.bn)
             self.epilogue.emit(b, source, i, j)
             return
-        step = s.co * self.output.bits // 8
-        offset = ((image * s.oh + oy) * s.ow + ox) * step + channel * (self.output.bits // 8)
-        if plan.cols == s.ow:  # rows of outputs follow one another, in the tile and in y
-            access = Access("y", offset, Int(step), Int(s.oh * s.ow * step))
+        size = self.output.bits // 8
+        per_image, per_row, per_pixel = (step * size for step in s.steps)
+        start = image * per_image + oy * per_row + ox * per_pixel + channel * size
+        if plan.cols == s.ow and per_row == s.ow * per_pixel:  # rows of outputs follow one another
+            access = Access("y", start, Int(per_pixel), Int(per_image))
             b.store(access, source, rows * cols, n, images)
-        else:
-            access = Access("y", offset, Int(step), Int(s.ow * step))
-            b.store(access, source, cols, n, rows)
+            return
+        with loop(b, "of", 0, plan.images) if plan.images == 1 else b.loop("of", 0, images) as of:
+            access = Access("y", start + of * per_image, Int(per_pixel), Int(per_row))
+            b.store(access, source.view(of * (rows * cols)), cols, n, rows)
+
+
+def declare_tensors(
+    b: KernelBuilder, shape: ConvolutionShape, operand: DType, output: DType
+) -> TensorHandle:
+    """The tensors dw, x (which it returns) and g of a kernel's gradient."""
+    s, lies = shape, shape.layout
+    steps = tuple(
+        step * output.bits // 8 for step in (lies.output, lies.row, lies.column, lies.channel)
+    )
+    if s.depthwise:
+        steps = (lies.group * output.bits // 8, *steps[1:])
+    b.tensor("dw", output, 4, sizes=(s.co, *s.kernel, s.group_ci), strides=steps)
+    handles = []
+    for name, sizes in (("x", (None, s.h, s.w, s.ci)), ("g", (None, s.oh, s.ow, s.co))):
+        size = operand.bits // 8
+        strides = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
+        strides = tuple(step * size for step in strides)
+        handles.append(b.tensor(name, operand, 4, sizes=sizes, strides=strides))
+    return handles[0]
 
 
 @contextmanager
@@ -139,3 +148,25 @@ def loop(
     else:
         with b.loop(name, start, stop, step) as variable:
             yield variable
+
+
+def padded(
+    b: KernelBuilder, s: ConvolutionShape, dim: int, first: Scalar, count: Scalar, size: int
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Along one dimension: extent of the window, zeros before and after, first input."""
+    name = "yx"[dim]
+    before, after = s.padding[dim]
+    span = (s.kernel[dim] - 1) * s.dilation[dim] + 1
+    extent = b.let(f"extent_{name}", (count - 1) * s.stride[dim] + span)
+    start = b.let(f"start_{name}", first * s.stride[dim] - before)
+    head: Scalar = ZERO
+    tail: Scalar = ZERO
+    if before > 0:
+        head = b.let(f"before_{name}", minimum(maximum(-start, 0), extent))
+    if after > 0:
+        tail = minimum(maximum(start + extent - size, 0), extent - head)
+        tail = b.let(f"after_{name}", tail)
+    # A window of nothing but padding reads nothing: its start only has to lie in the tensor.
+    if max(before, after) > 0:
+        start = b.let(f"first_{name}", minimum(maximum(start, 0), size - 1))
+    return extent, head, tail, start

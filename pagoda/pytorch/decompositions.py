@@ -10,8 +10,10 @@ from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
 
 from pagoda.pytorch import (
+    convolution_3d,
     functions,
     integers,
+    padded_pooling,
     pooling,
     resampling,
     scans,
@@ -92,13 +94,13 @@ def _inductors(op: Any) -> Callable:
     return select_decomp_table().get(op, lambda *args, **kwargs: NotImplemented)
 
 
-def _either(ours: Callable, op: Any) -> Callable:
-    """Ours, or what Inductor does where ours does not apply."""
-    theirs = _inductors(op)
+def _either(first: Callable, second: Any) -> Callable:
+    """`first`, or where that does not apply `second`; for an operation, what Inductor does."""
+    below = _inductors(second) if isinstance(second, torch._ops.OpOverload) else second
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:
-        result = ours(*args, **kwargs)
-        return theirs(*args, **kwargs) if result is NotImplemented else result
+        result = first(*args, **kwargs)
+        return below(*args, **kwargs) if result is NotImplemented else result
 
     return decomposed
 
@@ -153,7 +155,7 @@ _OURS: dict[Any, Callable] = {
     aten.searchsorted.Scalar: scatters.searchsorted,
     aten.bucketize.Tensor: scatters.bucketize,
     aten.bucketize.Scalar: scatters.bucketize,
-    aten.avg_pool2d.default: pooling.avg_pool_2d,
+    aten.avg_pool2d.default: _either(pooling.avg_pool_2d, padded_pooling.avg_pool2d),
     aten.avg_pool3d.default: pooling.avg_pool_3d,
     aten.adaptive_max_pool2d.default: _either(
         pooling.adaptive_max_2d, aten.adaptive_max_pool2d.default
@@ -161,7 +163,11 @@ _OURS: dict[Any, Callable] = {
     aten.adaptive_max_pool3d.default: pooling.adaptive_max,
     aten.avg_pool2d_backward.default: pooling.avg_pool_backward_2d,
     aten.avg_pool3d_backward.default: pooling.avg_pool_backward_3d,
-    aten.max_pool2d_with_indices_backward.default: pooling.max_pool_backward_2d,
+    aten.max_pool2d_with_indices_backward.default: _either(
+        padded_pooling.max_pool2d_with_indices_backward, pooling.max_pool_backward_2d
+    ),
+    aten.convolution.default: convolution_3d.convolution,
+    aten.convolution_backward.default: convolution_3d.convolution_backward,
     aten.max_pool3d_with_indices_backward.default: pooling.max_pool_backward_3d,
     aten.adaptive_max_pool2d_backward.default: pooling.adaptive_max_pool_backward_2d,
     aten.adaptive_max_pool3d_backward.default: pooling.adaptive_max_pool_backward_3d,
@@ -207,7 +213,9 @@ def table() -> dict[Any, Callable]:
         **get_decompositions(_MORE),
         **_OURS,
         **_nearest_gradients(),
-        _MAX_2D: pooling.max_pool(2, inductors[_MAX_2D]),
+        _MAX_2D: pooling.max_pool(
+            2, _either(padded_pooling.max_pool2d_with_indices, inductors[_MAX_2D])
+        ),
         _MAX_3D: pooling.max_pool(3, inductors[_MAX_3D]),
     })
 

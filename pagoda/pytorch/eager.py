@@ -281,6 +281,8 @@ def _symbolic_arguments(op: Any) -> set[str]:
     """Names of the arguments that may be symbolic integers."""
     if op.overloadpacket is aten.arange:
         return {"start", "end"}
+    if op.overloadpacket in (aten.convolution, aten.convolution_backward):
+        return set()  # strides, padding and so on are compile-time constants of the kernels
     return set(re.findall(r"SymInt\S* (\w+)", str(op._schema)))
 
 
@@ -471,3 +473,22 @@ def _host_compute(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 def _packet(op: Any) -> str:
     return str(op.overloadpacket) if isinstance(op, torch._ops.OpOverload) else str(op)
 
+
+# Operations whose autograd formula would call an operation that only other devices have.
+_library = torch.library.Library("aten", "IMPL")
+
+
+def _register() -> None:
+    def forward(x, weight, bias, *rest):
+        return run(aten.convolution.default, (x, weight, bias, *rest), {})
+
+    def backward(grad, x, weight, stride, padding, dilation, transposed, extra, groups, mask):
+        rest = ([grad.shape[1]], stride, padding, dilation, transposed, extra, groups, mask)
+        return run(aten.convolution_backward.default, (grad, x, weight, *rest), {})
+
+    disabled = torch._disable_dynamo
+    _library.impl("convolution_overrideable", disabled(forward), "PrivateUse1")
+    _library.impl("convolution_backward_overrideable", disabled(backward), "PrivateUse1")
+
+
+_register()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pagoda.pytorch.attention import SCHEMAS
+from pagoda.pytorch.convolution import convolution_call
 from pagoda.pytorch.errors import Unsupported, source
 
 
@@ -35,10 +36,13 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
             attributes += (("dropout", float(bound.get("dropout", 0.0))),)
         tensors = [bound.get(tensor) for tensor in SCHEMAS[name]]
         return name.removeprefix("pagoda::"), attributes, tensors
+    if name.startswith("pagoda::convolution"):
+        return convolution_call(node)
     raise Unsupported(
         f"operation {name} is not supported on device pagoda: it is neither a loop nest nor one "
-        "of the library kernels (mm, bmm, addmm, scaled_dot_product_attention). Rewrite the model "
-        "without it, or compute it on the CPU with .cpu()." + source(node.get_origins())
+        "of the library kernels (mm, bmm, addmm, scaled_dot_product_attention, convolution). "
+        "Rewrite the model without it, or compute it on the CPU with .cpu()."
+        + source(node.get_origins())
     )
 
 

@@ -115,9 +115,9 @@ def _outputs(x: torch.Tensor, dims: int, size, stride, padding, step, ceil_mode)
 def _max_pool(dims: int, smaller: Callable, x, kernel_size, stride=(), padding=0, dilation=1,
               ceil_mode=False):  # fmt: skip
     size, padding, step = (_full(v, dims) for v in (kernel_size, padding, dilation))
-    if math.prod(size) <= LARGE:
-        return smaller(x, kernel_size, stride, padding, dilation, ceil_mode)
     stride = _full(stride, dims) if stride not in ((), [], None) else size
+    if math.prod(size) <= LARGE:
+        return smaller(x, size, stride, padding, step, ceil_mode)
     counts = _outputs(x, dims, size, stride, padding, step, ceil_mode)
     first = x.dim() - dims
     windows = [

@@ -1,0 +1,346 @@
+"""Convolutions and their gradients, as calls of library kernels over channels-last data.
+
+Input and kernel are put into channels last (no copy where they already are), the result is given
+back as torch lays it out: channels last if the input or the kernel was, else contiguous. Between
+the layers of a compiled graph the two conversions cancel.
+
+float32 operands. Depthwise convolutions are float32 throughout; one tap at every pixel is a matrix
+product and follows `kernels.matmul_float32`. Any other is a sum of convolutions of bfloat16 terms,
+as many as `torch.get_float32_matmul_precision()` asks for (`kernels.float32.TERMS`):
+
+    x0 = x with the low 16 bits cut off, x1 = x - x0 likewise      (the last term: rounded to bf16)
+    p_ij = convolution of x_i and w_j for i + j < terms, each a float32 sum of its own
+    y = (rest where p_00 is finite, else 0) + p_00 + bias,  rest = the other p_ij, smallest first
+
+Three terms ("highest") are x itself for |x| >= 2^-110 and leave out less than 2^-21 of |x w|; two
+("high") leave out 2^-14; one ("medium") is bfloat16 operands with a float32 result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pagoda.kernels.float32 import TERMS, products
+from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.matmul_precision import matmul_precision
+
+Ints = Sequence[int]
+
+_UPPER_HALF = -0x10000
+FEW_CHANNELS = 8  # with fewer, a product per tap would leave most of the array idle
+
+
+# The kernels as operations that tracing and Inductor carry through unchanged ----------------------
+
+
+def _op(name: str) -> Callable:
+    return torch.library.custom_op(
+        f"pagoda::{name}", mutates_args=(), device_types="cpu",
+        tags=(torch.Tag.needs_exact_strides,),
+    )  # fmt: skip
+
+
+@_op("convolution")
+def _convolution(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [n, c, h, w], w [o, c / groups, kh, kw], both channels last; size: rows and columns of the
+    result, of type `dtype`, channels last as well."""
+    bias = None if bias is None else bias.float()
+    out = torch.nn.functional.conv2d(
+        x.float(), w.float(), bias, stride, padding, dilation, groups
+    )
+    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@_op("convolution_transposed")
+def _convolution_transposed(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [n, c, h, w], w [c, o / groups, kh, kw], both channels last; size: rows and columns of the
+    result, of type `dtype`, channels last as well."""
+    bias = None if bias is None else bias.float()
+    extra = [
+        have - ((count - 1) * s - 2 * p + d * (k - 1) + 1)
+        for have, count, s, p, d, k in zip(
+            size, x.shape[2:], stride, padding, dilation, w.shape[2:], strict=True
+        )
+    ]
+    out = torch.nn.functional.conv_transpose2d(
+        x.float(), w.float(), bias, stride, padding, extra, groups, dilation
+    )
+    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@_op("convolution_weight")
+def _convolution_weight(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient [o, c / groups, *kernel] for the kernel of a convolution of x [n, c, h, w], of
+    type `dtype`; g [n, o, oh, ow]: that for its result. All of them channels last."""
+    sizes = (g.shape[1], x.shape[1] // groups, *kernel)
+    out = torch.nn.grad.conv2d_weight(
+        x.float(), sizes, g.float(), stride, padding, dilation, groups
+    )
+    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@_convolution_weight.register_fake
+def _(x, g, kernel, stride, padding, dilation, groups, dtype):
+    sizes = (g.shape[1], *kernel, x.shape[1] // groups)
+    return x.new_empty(sizes, dtype=dtype).permute(0, 3, 1, 2)
+
+
+@_convolution.register_fake
+def _(x, w, bias, size, stride, padding, dilation, groups, dtype):
+    return x.new_empty((x.shape[0], *size, w.shape[0]), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@_convolution_transposed.register_fake
+def _(x, w, bias, size, stride, padding, dilation, groups, dtype):
+    return x.new_empty((x.shape[0], *size, w.shape[1] * groups), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def convolution_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
+    """One of these operations in Inductor as (library name, attributes, input nodes)."""
+    args, _ = node.unflatten_args(node.inputs, node.constant_args)
+    name = node.op_overload.name().removeprefix("pagoda::")
+    if name == "convolution_weight":
+        x, g, _, stride, padding, dilation, groups, *_ = args
+        tensors = [x, g]
+    else:
+        x, w, bias, _, stride, padding, dilation, groups, *_ = args
+        tensors = [x, w, bias]
+    values = [*stride, *padding, *dilation, groups]
+    names = ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups")
+    attributes = tuple(zip(names, map(int, values), strict=True))
+    if name == "convolution":
+        attributes = (*attributes, ("transposed", False))
+    return name, attributes, tensors
+
+
+# torch's operations as these ----------------------------------------------------------------------
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    transposed: bool,
+    output_padding: Ints,
+    groups: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """aten.convolution in one or two dimensions: x [n, c, *space], weight [o, c / groups, *kernel]
+    (transposed: [c, o / groups, *kernel]). dtype: of the result, float32 or that of x."""
+    rank = _rank(weight)
+    _fixed((*x.shape[1:], *weight.shape))
+    if rank == 1:
+        steps = [[1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding]]
+        out = convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *steps, groups, dtype)
+        return out.squeeze(2)
+    inputs, kernel = x.shape[2:], weight.shape[2:]
+    stride, padding, dilation = (_each(v) for v in (stride, padding, dilation))
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    dims = zip(inputs, stride, padding, reach, _each(output_padding), strict=True)
+    if transposed:
+        size = [(n - 1) * s - 2 * p + r + extra for n, s, p, r, extra in dims]
+    else:
+        size = [(n + 2 * p - r) // s + 1 for n, s, p, r, _ in dims]
+    op = _convolution_transposed if transposed else _convolution
+    steps = stride, padding, dilation
+    out = _convolved(op, x, weight, bias, _fixed(size), *steps, groups, dtype)
+    return _laid_out(out, x, weight)
+
+
+def convolution_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias_sizes: Ints | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    transposed: bool,
+    output_padding: Ints,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients for x, weight and bias, where `output_mask` asks for them."""
+    if _rank(weight) == 1:
+        steps = [[1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding]]
+        tensors = (t.unsqueeze(2) for t in (grad, x, weight))
+        for_x, for_w, for_bias = convolution_backward(
+            *tensors, bias_sizes, *steps, groups, output_mask
+        )
+        for_x, for_w = (None if t is None else t.squeeze(2) for t in (for_x, for_w))
+        return for_x, for_w, for_bias
+    _fixed((*grad.shape[1:], *x.shape[1:], *weight.shape))
+    stride, padding, dilation = (_each(v) for v in (stride, padding, dilation))
+    for_x = for_weight = for_bias = None
+    if output_mask[0]:
+        op = _convolution if transposed else _convolution_transposed
+        size = [int(count) for count in x.shape[2:]]
+        for_x = _convolved(op, grad, weight, None, size, stride, padding, dilation, groups)
+        for_x = _laid_out(for_x, x, weight)
+    if output_mask[1]:
+        source, result = (grad, x) if transposed else (x, grad)
+        for_weight = _weight_gradient(
+            source, result, weight.shape, stride, padding, dilation, groups
+        )
+        if not _is_channels_last(weight):
+            for_weight = for_weight.contiguous()
+    if output_mask[2]:
+        for_bias = grad.sum([0, 2, 3])
+    return for_x, for_weight, for_bias
+
+
+def _convolved(
+    op: Callable,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    def call(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+        return op(a, b, bias, size, stride, padding, dilation, groups, dtype)
+
+    depthwise = groups == x.shape[1] and w.shape[0] == groups and w.shape[1] == 1 and groups > 1
+    product = [*w.shape[2:], *stride, *padding, groups] == [1, 1, 1, 1, 0, 0, 1]
+    product = product and size == list(x.shape[2:])
+    if x.dtype != torch.float32 or depthwise or product:
+        return call(x, w, bias, dtype or x.dtype)
+    return _in_terms(call, x, w, bias)
+
+
+def _weight_gradient(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    sizes: Ints,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    kernel, channels = _fixed(sizes[2:]), int(sizes[1])
+    if groups == 1 and channels < FEW_CHANNELS and kernel[1] > 1:
+        patches = _columns_as_channels(
+            x, kernel[1], stride[1], padding[1], dilation[1], int(g.shape[3])
+        )
+        steps = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
+        size = g.shape[1], kernel[1] * channels, kernel[0], 1
+        found = _weight_gradient(patches, g, size, *(list(pair) for pair in steps), 1)
+        return found.permute(0, 2, 3, 1).reshape(-1, *kernel, channels).permute(0, 3, 1, 2)
+
+    def call(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+        return _convolution_weight(a, b, kernel, stride, padding, dilation, groups, dtype)
+
+    depthwise = groups == x.shape[1] == g.shape[1] and groups > 1
+    if x.dtype != torch.float32 or depthwise:
+        return call(x, g, None, x.dtype)
+    return _in_terms(call, x, g, None)
+
+
+def _columns_as_channels(
+    x: torch.Tensor, taps: int, stride: int, padding: int, dilation: int, count: int
+) -> torch.Tensor:
+    """[n, taps * c, h, count]: at each of `count` columns the pixels that a row of taps meets."""
+    batch, channels, high, wide = x.shape
+    reach = dilation * (taps - 1) + 1
+    after = (count - 1) * stride + reach - padding - wide
+    pixels = torch.nn.functional.pad(x, (padding, after)).permute(0, 2, 3, 1)
+    pixels = pixels.unfold(2, reach, stride)[..., ::dilation]  # [n, h, count, c, taps]
+    rows = pixels.transpose(3, 4).reshape(batch, high, count, taps * channels)
+    return rows.permute(0, 3, 1, 2)
+
+
+def _in_terms(
+    multiply: Callable, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """multiply(a, b, bias, dtype) of float32 operands by bfloat16 ones; see the module."""
+    count = TERMS[matmul_precision()]
+    if count == 1:
+        return multiply(_terms(a, 1)[0], _terms(b, 1)[0], bias, torch.float32)
+    a_terms, b_terms = _terms(a, count), _terms(b, count)
+    sums = [multiply(a_terms[i], b_terms[j], None, torch.float32) for i, j in products(count)]
+    *small, total = sums
+    rest = small[0]
+    for term in small[1:]:
+        rest = rest + term
+    out = torch.where(total * 0 == 0, rest, 0) + total
+    return out if bias is None else out + bias.view(-1, 1, 1)
+
+
+def _terms(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    found = []
+    for _ in range(count - 1):
+        upper = (x.view(torch.int32) & _UPPER_HALF).view(torch.float32)
+        found.append(upper.to(torch.bfloat16))
+        x = x - upper
+    return [*found, x.to(torch.bfloat16)]
+
+
+def _laid_out(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """In channels last if x or weight is, else contiguous."""
+    if any(_is_channels_last(t) for t in (x, weight)):
+        return out
+    return out.contiguous()
+
+
+def _is_channels_last(t: torch.Tensor) -> bool:
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _rank(weight: torch.Tensor) -> int:
+    rank = weight.dim() - 2
+    if rank not in (1, 2):
+        raise Unsupported(
+            f"a transposed convolution in {rank} dimensions has no kernel, only those in one and "
+            "two. Write it as a sum of those."
+        )
+    return rank
+
+
+def _fixed(sizes: Sequence[Any]) -> list[int]:
+    """As numbers, which makes them compile-time constants: all are but the number of images."""
+    return [int(size) for size in sizes]
+
+
+def _each(value: Sequence[Any]) -> list[int]:
+    return _fixed(value) * (2 if len(value) == 1 else 1)
