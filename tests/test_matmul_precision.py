@@ -99,6 +99,10 @@ def test_the_settings_of_torch_backends(monkeypatch) -> None:
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
     found = {}
     for setting in ("none", "ieee", "tf32", "bf16"):
-        monkeypatch.setattr(torch.backends, "fp32_precision", setting)
-        found[setting] = asked_for()
+        # torch's own test helpers, once imported, forbid it elsewhere in the process.
+        with torch.backends.__allow_nonbracketed_mutation():
+            monkeypatch.setattr(torch.backends, "fp32_precision", setting)
+            found[setting] = asked_for()
+            monkeypatch.undo()
+            monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
     assert found == {"none": "highest", "ieee": "highest", "tf32": "high", "bf16": "medium"}

@@ -19,6 +19,7 @@ P = "pagoda"
 def chip():
     before = (device.state.executor, device.state.allocator)
     torch._dynamo.reset()
+    torch.pagoda.reset_fallbacks()
     with torch._inductor.config.patch(force_disable_caches=True):
         yield pagoda.use_chip("edge")
     device.state.executor, device.state.allocator = before

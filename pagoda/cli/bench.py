@@ -5,6 +5,7 @@ import importlib
 import click
 
 BENCHMARKS = {
+    "compile": "First calls of a compiled language model: cold, warm, another shape.",
     "gemm": "Matrix products: array utilisation, simulation speed.",
     "rtl": "The RTL against the simulator: bits, cycles, speed.",
     "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",

@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pagoda.compiler.cache import Cache, default_directory
-from pagoda.compiler.link import launch_arguments, link, pack_records
 from pagoda.isa.chip import Chip
-from pagoda.isa.program import Slot
 from pagoda.llm import ModelFile, Tokenizer, find_weights
 from pagoda.llm.chip_session import ChipSession
 from pagoda.llm.compiled import compile_model
 from pagoda.runtime import Device
+from pagoda.runtime.start import run_nothing
 
 
 def open_session(
@@ -39,7 +38,7 @@ def open_session(
         )
         progress.update(task, description=_first_time(f"starting chip {chip.name}"))
         device = Device(chip)
-        _run_nothing(device)
+        run_nothing(device)
         progress.update(task, description="weights to the chip's memory")
         progress.update(task, total=len(file.tensors))
 
@@ -53,13 +52,3 @@ def open_session(
 
 def _first_time(stage: str) -> str:
     return f"{stage} (what it takes is kept for next time)"
-
-
-def _run_nothing(device: Device) -> None:
-    """A launch without kernel calls: the first time ever the simulator's own code is compiled here,
-    and not while the user waits for a first word."""
-    words = pack_records([])
-    address = device.place(words)
-    program = link("start", [], device.chip).program
-    device.launch(program, launch_arguments(0, 0, []), [Slot(address, words.nbytes)])
-    device.memory.free(address)
