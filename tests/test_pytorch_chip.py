@@ -426,3 +426,39 @@ def test_a_failing_autoload_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> Non
         'device "pagoda" is not available: ImportError: no such thing; torch works without it. '
         "`import pagoda.pytorch` shows where it fails; reinstall Pagoda if need be"
     )
+
+
+# What torch.pagoda tells --------------------------------------------------------------------------
+
+
+def test_memory_and_chip_are_told() -> None:
+    opened = chip_module.use_chip("tiny")
+    before = torch.pagoda.memory_allocated()
+    x = torch.empty(100, dtype=torch.float32, device=P)  # 400 bytes: seven atoms of 64
+    assert torch.pagoda.memory_allocated() == torch.pagoda.memory_reserved() == before + 448
+    del x
+    assert torch.pagoda.memory_allocated() == before
+    assert torch.pagoda.max_memory_allocated() == before + 448
+    torch.pagoda.empty_cache()
+    torch.pagoda.reset_peak_memory_stats()
+    assert torch.pagoda.max_memory_reserved() == before
+    free, total = torch.pagoda.mem_get_info()
+    assert (free, total) == (opened.memory.size - before, opened.memory.size)
+    stats = torch.pagoda.memory_stats()
+    assert stats["allocated_bytes.all.current"] == stats["reserved_bytes.all.peak"] == before
+    assert stats["free_pieces"] == opened.memory.free_ranges
+    told = torch.pagoda.get_device_properties()
+    assert told.name == torch.pagoda.get_device_name() == "tiny"
+    assert (told.multi_processor_count, told.total_memory) == (1, opened.chip.dram_bytes)
+    assert told.clock_rate == opened.chip.clock_hz // 1000
+    assert torch.pagoda.cycles() == opened.cycles
+
+
+def test_host_memory_is_no_chip(monkeypatch) -> None:
+    monkeypatch.setattr(device.state, "allocator", device.HostAllocator())
+    with pytest.raises(RuntimeError) as error:
+        torch.pagoda.memory_allocated()
+    assert str(error.value) == (
+        "device pagoda lies in host memory now, not on a chip, so there is no chip to ask. Call "
+        "pagoda.use_chip first."
+    )

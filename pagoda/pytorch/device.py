@@ -18,7 +18,9 @@ import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pagoda.compiler.region import Allocator, Executor
+from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
+from pagoda.runtime import Device
 
 aten = torch.ops.aten
 NAME = "pagoda"
@@ -78,8 +80,17 @@ def executor() -> Executor:
     return state.executor
 
 
-class _Module(types.ModuleType):
+class _Module(ChipQueries, types.ModuleType):
     """`torch.pagoda`."""
+
+    def _opened(self) -> Device:
+        allocator = _allocator()
+        if isinstance(allocator, HostAllocator):
+            raise RuntimeError(  # noqa: TRY004 - the state is wrong, not an argument
+                "device pagoda lies in host memory now, not on a chip, so there is no chip to ask. "
+                "Call pagoda.use_chip first."
+            )
+        return allocator.device
 
     class device:
         """Context manager; there is one device, so it does nothing."""
@@ -113,9 +124,6 @@ class _Module(types.ModuleType):
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
-
-    def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
-        return types.SimpleNamespace(name=NAME, multi_processor_count=1)
 
     def manual_seed(self, seed: int) -> None:
         """Seeds what the device draws from: the host's default generator, which gives every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,10 @@ class _Overrides(DeviceOpOverrides):
         return "torch._ops.contextlib.nullcontext()"
 
 
+# What Inductor asks for; graphs are the same for every chip.
+_PROPERTIES = types.SimpleNamespace(name=device.NAME, multi_processor_count=1)
+
+
 class _Interface(DeviceInterface):
     """What Dynamo asks of a device: there is one, without streams."""
 
@@ -81,7 +86,7 @@ class _Interface(DeviceInterface):
     class Worker:
         @staticmethod
         def get_device_properties(device: Any = None) -> Any:
-            return torch.pagoda.get_device_properties()
+            return _PROPERTIES
 
         @staticmethod
         def current_device() -> int:
@@ -117,7 +122,7 @@ class _Interface(DeviceInterface):
 
     @staticmethod
     def get_device_properties(device: Any = None) -> Any:
-        return torch.pagoda.get_device_properties()
+        return _PROPERTIES
 
     @staticmethod
     def exchange_device(device: int) -> int:
