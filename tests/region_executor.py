@@ -75,6 +75,8 @@ def _library(step: KernelCall, *tensors: torch.Tensor | None) -> None:
             meaning += [attributes["dropout"]] if name != "sdpa" else []
             results = getattr(torch.ops.pagoda, name)(*wide, *meaning)
             results = (results,) if name == "sdpa" else results
+        case "grouped_mm":
+            results = (torch.ops.pagoda.grouped_mm(*args, outs[0].dtype),)
         case "convolution" | "convolution_transposed" | "convolution_weight" as name:
             results = (_convolution(name, attributes, outs[0], *args),)
         case name:

@@ -60,11 +60,12 @@ class Iteration:
     step: Scalar
     block: int | None = None
     ahead: int = 0
+    shifted: bool = False  # blocks do not begin at multiples of their size
 
     def room(self, variable: Scalar) -> Scalar:
-        """Indices of the iteration that starts at `variable`, a multiple of the block."""
+        """Indices of the iteration that starts at `variable`."""
         stop, block = self.stop, self.block or 1
-        if isinstance(stop, Int) and stop.value and stop.value % block == 0:
+        if isinstance(stop, Int) and stop.value and stop.value % block == 0 and not self.shifted:
             return Int(block)
         return minimum(block, stop - variable)
 
@@ -118,13 +119,16 @@ class TileBuiltins:
         extent, block = scalar(values[0]), values[1]
         options = {k.arg: self.interpreter.expression(k.value) for k in node.keywords}
         ahead = options.pop("ahead", 0)
+        first = scalar(options.pop("start", ZERO)) if name == "tiles" else ZERO
         if options or not isinstance(ahead, int):
+            known = "ahead=, a compile-time integer" + ", and start=" * (name == "tiles")
             self.fail(
-                f"`{ast.unparse(node)}`", "the only option is ahead=, a compile-time integer",
+                f"`{ast.unparse(node)}`", f"options are {known}",
                 f"it is given {', '.join(map(str, options)) or ahead}", "remove the others",
             )  # fmt: skip
         if name == "tiles":
-            return Iteration(ZERO, extent, Int(block), block, ahead)
+            shifted = first is not ZERO
+            return Iteration(first, extent, Int(block), block, ahead, shifted)
         start = self.builder.let("first", CoreId() * block)
         step = self.builder.let("stride", CoreCount() * block)
         return Iteration(start, extent, step, block, ahead)
@@ -140,10 +144,11 @@ class TileBuiltins:
             return -(-left // right)
         return ceildiv(left, right)
 
-    def do_block(self, number: Any, extent: Any, size: int) -> Range:
-        start = self.builder.let("start", scalar(number) * size)
+    def do_block(self, number: Any, extent: Any, size: int, start: Any = ZERO) -> Range:
+        shifted = start is not ZERO
+        start = self.builder.let("start", scalar(start) + scalar(number) * size)
         room = Int(size)
-        if not (isinstance(extent, int) and extent % size == 0):
+        if shifted or not (isinstance(extent, int) and extent % size == 0):
             room = self.builder.let("room", minimum(size, scalar(extent) - start))
         return Range(start, room, size)
 

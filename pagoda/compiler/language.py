@@ -19,7 +19,8 @@ a run-time value it branches. Variables may be assigned anywhere.
 Loops. `range(...)` gives integers, `tiles(extent, BLOCK)` gives index ranges with the tail cut off,
 `core_tiles(extent, BLOCK)` gives this core its share of them. `block(number, extent, BLOCK)` is the
 range that `tiles` would give in its iteration `number`; `full(extent)` a whole compile-time extent.
-`ahead=n` on tiles and core_tiles issues the loads of the innermost loop n iterations early.
+`start=` on tiles and block says where the first block begins, 0 unless given; `ahead=n` on tiles
+and core_tiles issues the loads of the innermost loop n iterations early.
 
 Tiles are two-dimensional; `a[i, k]` with two ranges is a window of rows and columns, with one range
 it is one row. `load` takes any strides: storage with contiguous rows stays transposed until needed

@@ -72,6 +72,7 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mm": (("out", "a", "b"), ()),
     "bmm": (("out", "a", "b"), ()),
     "addmm": (("out", "bias", "a", "b"), ("alpha", "beta")),
+    "grouped_mm": (("out", "a", "b", "ends"), ()),
     "convolution": (
         ("out", "x", "w", "bias?"),
         (

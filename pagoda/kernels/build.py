@@ -34,6 +34,7 @@ from pagoda.kernels.attention_call import attention_arguments, attention_for, ca
 from pagoda.kernels.convolution_call import convolution_for, convolution_weight_for
 from pagoda.kernels.convolution_transposed import expand_transposed
 from pagoda.kernels.fusion import FusedCall, fuse
+from pagoda.kernels.grouped import grouped_for
 from pagoda.kernels.matmul_call import matmul_for
 
 
@@ -112,6 +113,9 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
             return _Step(kernel, _words(kernel, views, scalars), step.origin)
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)
+            return _Step(kernel, _words(kernel, views, {}), step.origin)
+        if step.kernel.name == "grouped_mm":
+            kernel, views = grouped_for(step, chip, symbols)
             return _Step(kernel, _words(kernel, views, {}), step.origin)
         if step.kernel.name == "convolution_weight":
             kernel, views = convolution_weight_for(step, chip, symbols)

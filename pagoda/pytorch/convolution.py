@@ -5,15 +5,8 @@ back as torch lays it out: channels last if the input or the kernel was, else co
 the layers of a compiled graph the two conversions cancel.
 
 float32 operands. Depthwise convolutions are float32 throughout; one tap at every pixel is a matrix
-product and follows `kernels.matmul_float32`. Any other is a sum of convolutions of bfloat16 terms,
-as many as `torch.get_float32_matmul_precision()` asks for (`kernels.float32.TERMS`):
-
-    x0 = x with the low 16 bits cut off, x1 = x - x0 likewise      (the last term: rounded to bf16)
-    p_ij = convolution of x_i and w_j for i + j < terms, each a float32 sum of its own
-    y = (rest where p_00 is finite, else 0) + p_00 + bias,  rest = the other p_ij, smallest first
-
-Three terms ("highest") are x itself for |x| >= 2^-110 and leave out less than 2^-21 of |x w|; two
-("high") leave out 2^-14; one ("medium") is bfloat16 operands with a float32 result.
+product and follows `kernels.matmul_float32`. Any other is a sum of convolutions of bfloat16 terms
+(`float32_terms`).
 """
 
 from __future__ import annotations
@@ -23,13 +16,11 @@ from typing import Any
 
 import torch
 
-from pagoda.kernels.float32 import TERMS, products
 from pagoda.pytorch.errors import Unsupported
-from pagoda.pytorch.matmul_precision import matmul_precision
+from pagoda.pytorch.float32_terms import in_terms
 
 Ints = Sequence[int]
 
-_UPPER_HALF = -0x10000
 FEW_CHANNELS = 8  # with fewer, a product per tap would leave most of the array idle
 
 
@@ -245,7 +236,7 @@ def _convolved(
     product = product and size == list(x.shape[2:])
     if x.dtype != torch.float32 or depthwise or product:
         return call(x, w, bias, dtype or x.dtype)
-    return _in_terms(call, x, w, bias)
+    return in_terms(call, x, w, bias)
 
 
 def _weight_gradient(
@@ -274,7 +265,7 @@ def _weight_gradient(
     depthwise = groups == x.shape[1] == g.shape[1] and groups > 1
     if x.dtype != torch.float32 or depthwise:
         return call(x, g, None, x.dtype)
-    return _in_terms(call, x, g, None)
+    return in_terms(call, x, g, None)
 
 
 def _columns_as_channels(
@@ -288,32 +279,6 @@ def _columns_as_channels(
     pixels = pixels.unfold(2, reach, stride)[..., ::dilation]  # [n, h, count, c, taps]
     rows = pixels.transpose(3, 4).reshape(batch, high, count, taps * channels)
     return rows.permute(0, 3, 1, 2)
-
-
-def _in_terms(
-    multiply: Callable, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """multiply(a, b, bias, dtype) of float32 operands by bfloat16 ones; see the module."""
-    count = TERMS[matmul_precision()]
-    if count == 1:
-        return multiply(_terms(a, 1)[0], _terms(b, 1)[0], bias, torch.float32)
-    a_terms, b_terms = _terms(a, count), _terms(b, count)
-    sums = [multiply(a_terms[i], b_terms[j], None, torch.float32) for i, j in products(count)]
-    *small, total = sums
-    rest = small[0]
-    for term in small[1:]:
-        rest = rest + term
-    out = torch.where(total * 0 == 0, rest, 0) + total
-    return out if bias is None else out + bias.view(-1, 1, 1)
-
-
-def _terms(x: torch.Tensor, count: int) -> list[torch.Tensor]:
-    found = []
-    for _ in range(count - 1):
-        upper = (x.view(torch.int32) & _UPPER_HALF).view(torch.float32)
-        found.append(upper.to(torch.bfloat16))
-        x = x - upper
-    return [*found, x.to(torch.bfloat16)]
 
 
 def _laid_out(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

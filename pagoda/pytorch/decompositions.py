@@ -12,6 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from pagoda.pytorch import (
     convolution_3d,
     functions,
+    grouped,
     integers,
     padded_pooling,
     pooling,
@@ -72,12 +73,6 @@ def _uniform(
     return torch.rand_like(x) * (high - low) + low
 
 
-def _grouped_mm_backward(
-    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return sorting.grouped_mm(grad, b.transpose(1, 2), offs), sorting.grouped_mm(a.t(), grad, offs)
-
-
 # torch's own decompositions that Inductor leaves out because other backends have kernels for them.
 _MORE = [
     aten.upsample_bilinear2d.default,
@@ -88,6 +83,7 @@ _MORE = [
     aten.upsample_trilinear3d.out,
     aten._adaptive_avg_pool2d_backward,
 ]
+
 
 def _inductors(op: Any) -> Callable:
     """Inductor's decomposition, if it has one."""
@@ -199,16 +195,16 @@ def table() -> dict[Any, Callable]:
     """Inductor's decompositions, with ours."""
     experts, inductors = {}, select_decomp_table()
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
-        experts[torch.ops.transformers.grouped_mm_fallback.default] = sorting.grouped_mm
+        experts[torch.ops.transformers.grouped_mm_fallback.default] = grouped.grouped_mm
         backward = torch.ops.transformers.grouped_mm_fallback_backward.default
-        experts[backward] = _grouped_mm_backward
+        experts[backward] = grouped.grouped_mm_backward
     return _Table({
         **experts,
         aten.topk.default: sorting.topk,
         aten.sort.default: sorting.sort,
         aten.sort.stable: sorting.sort_stable,
         aten.histc.default: sorting.histc,
-        aten._grouped_mm.default: sorting.grouped_mm,
+        aten._grouped_mm.default: grouped.grouped_mm,
         **inductors,
         **get_decompositions(_MORE),
         **_OURS,

@@ -474,7 +474,7 @@ def _packet(op: Any) -> str:
     return str(op.overloadpacket) if isinstance(op, torch._ops.OpOverload) else str(op)
 
 
-# Operations whose autograd formula would call an operation that only other devices have.
+# Operations that torch would turn into others that only other devices have, or into host work.
 _library = torch.library.Library("aten", "IMPL")
 
 
@@ -486,7 +486,11 @@ def _register() -> None:
         rest = ([grad.shape[1]], stride, padding, dilation, transposed, extra, groups, mask)
         return run(aten.convolution_backward.default, (grad, x, weight, *rest), {})
 
+    def grouped(*args, **kwargs):  # torch's own would read the groups' ends on the host
+        return run(aten._grouped_mm.default, args, kwargs)
+
     disabled = torch._disable_dynamo
+    _library.impl("_grouped_mm", disabled(grouped), "PrivateUse1")
     _library.impl("convolution_overrideable", disabled(forward), "PrivateUse1")
     _library.impl("convolution_backward_overrideable", disabled(backward), "PrivateUse1")
 

@@ -36,6 +36,8 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
             attributes += (("dropout", float(bound.get("dropout", 0.0))),)
         tensors = [bound.get(tensor) for tensor in SCHEMAS[name]]
         return name.removeprefix("pagoda::"), attributes, tensors
+    if name == "pagoda::grouped_mm":
+        return "grouped_mm", (), list(node.inputs)
     if name.startswith("pagoda::convolution"):
         return convolution_call(node)
     raise Unsupported(

@@ -148,32 +148,3 @@ def histc(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> A
     bin_ = ((flat - min) * (bins / (max - min))).floor().clamp(max=bins - 1)
     wanted = torch.arange(bins, device=x.device)[:, None]
     return ((bin_ == wanted) & inside).sum(-1).to(x.dtype)
-
-
-def grouped_mm(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    offs: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Any:
-    """Products of groups: the group ends of the dimension that is split are `offs`. Every group
-    is multiplied as if all rows were in it, the others being 0."""
-    if bias is not None:
-        return NotImplemented
-    if offs is None:
-        out = torch.bmm(a, b)
-        return out if out_dtype is None else out.to(out_dtype)
-    split = a.shape[0] if b.dim() == 3 else b.shape[-1] if a.dim() == 3 else a.shape[1]
-    place = torch.arange(split, device=a.device)
-    begins = torch.cat([torch.zeros_like(offs[:1]), offs[:-1]])
-    member = (place >= begins[:, None]) & (place < offs[:, None])  # [groups, split]
-    groups = offs.shape[0]
-    if b.dim() == 3:  # [s, k] x [g, k, n]
-        out = torch.bmm(torch.where(member[:, :, None], a, 0), b).sum(0)
-    elif a.dim() == 3:  # [g, m, k] x [k, s]
-        out = torch.bmm(a, torch.where(member[:, None, :], b, 0)).sum(0)
-    else:  # [m, s] x [s, n]
-        wide = torch.where(member[:, None, :], a, 0)
-        out = torch.bmm(wide, b.expand(groups, *b.shape))
-    return out.to(out_dtype or a.dtype)
