@@ -121,13 +121,20 @@ def samples(op: OpInfo, dtype: torch.dtype, count: int) -> list[SampleInput]:
 _INSTEAD = {torch.float64: torch.float32, torch.float16: torch.bfloat16, torch.int16: torch.int32}
 
 
-def placed(sample: SampleInput, place: str, change: Callable = lambda t: t) -> SampleInput:
-    """The sample with all its tensors and devices there; leaves of autograd stay leaves."""
+LAYOUTS = ("contiguous", "strided", "transposed", "offset")
+
+
+def placed(
+    sample: SampleInput, place: str, change: Callable = lambda t: t, layout: str = "contiguous"
+) -> SampleInput:
+    """The sample with all its tensors and devices there; leaves of autograd stay leaves. layout:
+    how its tensors lie in memory there; see `_laid_out`."""
 
     def move(a: Any) -> Any:
         if isinstance(a, torch.Tensor):
             with torch.no_grad():
-                moved = change(a.detach().clone(memory_format=torch.preserve_format)).to(place)
+                moved = change(a.detach().clone(memory_format=torch.preserve_format))
+                moved = _laid_out(moved, place, layout)
             return moved.requires_grad_(a.requires_grad)
         if isinstance(a, torch.dtype):
             return _INSTEAD.get(a, a)
@@ -137,17 +144,17 @@ def placed(sample: SampleInput, place: str, change: Callable = lambda t: t) -> S
     return SampleInput(input_, args=args, kwargs=kwargs)
 
 
-def strided(sample: SampleInput) -> SampleInput:
-    """The sample with tensors that skip every other element of their memory."""
-
-    def spread(a: Any) -> Any:
-        if not isinstance(a, torch.Tensor) or not a.dim() or a.numel() < 2:
-            return a
-        wide = a.detach().repeat_interleave(2, -1)[..., ::2]
-        return wide.requires_grad_(a.requires_grad)
-
-    input_, args, kwargs = pytree.tree_map(spread, (sample.input, sample.args, sample.kwargs))
-    return SampleInput(input_, args=args, kwargs=kwargs)
+def _laid_out(t: torch.Tensor, place: str, layout: str) -> torch.Tensor:
+    """A view on a device of t in memory that holds more or in another order: "strided" skips every
+    other element, "transposed" has the last two dimensions swapped, "offset" begins in the middle.
+    Where that is not possible, as it is."""
+    if layout == "strided" and t.dim() and t.numel() > 1:
+        return t.repeat_interleave(2, -1).to(place)[..., ::2]
+    if layout == "transposed" and t.dim() > 1 and t.numel() > 1:
+        return t.mT.contiguous().to(place).mT
+    if layout == "offset" and t.numel():
+        return torch.cat([t.new_zeros(3), t.flatten()]).to(place)[3:].view(t.shape)
+    return t.to(place)
 
 
 def _tensors(result: Any) -> list[Any]:
@@ -227,10 +234,13 @@ def compare(what: str, got: Any, want: Any, exact: Any) -> None:
         )
 
 
-def check(op: OpInfo, sample: SampleInput, function: Callable | None = None) -> bool:
+def check(
+    op: OpInfo, sample: SampleInput, function: Callable | None = None, layout: str = "contiguous"
+) -> bool:
     """Compares one sample; whether gradients were compared. Raises Difference or what torch raises.
-    `function`: what the device computes, unless it is the operation itself."""
-    here = placed(sample, P)
+    `function`: what the device computes, unless it is the operation itself. layout: of its tensors
+    on the device, one of LAYOUTS."""
+    here = placed(sample, P, layout=layout)
     want, want_grads = results(op.op, placed(sample, "cpu"))
     exact, exact_grads = more_exact(op, sample)
     got, got_grads = results(function or op.op, here)
@@ -283,10 +293,8 @@ def judge(op: OpInfo, dtype: torch.dtype, count: int = 2) -> Verdict:
     remark = ""
     try:
         for number, sample in enumerate(chosen):
-            if number == 1:
-                sample = strided(sample)
             remark = f"sample {number}: "
-            gradient |= check(op, sample)
+            gradient |= check(op, sample, layout="strided" if number == 1 else "contiguous")
     except Difference as difference:
         return Verdict("wrong", gradient, _host(), remark + str(difference))
     except Exception as error:  # noqa: BLE001 - the verdict is about them

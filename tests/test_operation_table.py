@@ -9,7 +9,9 @@ from typing import Any
 import operation_table
 import pytest
 import torch
-from operation_cases import OPERATIONS, check, dtypes_of, judge, samples
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from operation_cases import LAYOUTS, OPERATIONS, accepted, check, dtypes_of, judge, samples
 
 import pagoda
 
@@ -63,6 +65,35 @@ def test_float32(name):
     op = OPERATIONS[name]
     (sample,) = samples(op, torch.float32, 1)
     check(op, sample)
+
+
+@st.composite
+def cases(draw):
+    """(operation, one of torch's samples of it, layout of its tensors)."""
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.int64, torch.bool)))
+    op = OPERATIONS[draw(st.sampled_from(_passing(str(dtype).removeprefix("torch."))))]
+    every = samples(op, dtype, 200)
+    assume(every)
+    sample = draw(st.sampled_from(every))
+    assume(accepted(op, sample))
+    # What as_strided gives is a matter of the layout.
+    layouts = LAYOUTS[:1] if op.name.startswith("as_strided") else LAYOUTS
+    return op, sample, draw(st.sampled_from(layouts))
+
+
+@settings(max_examples=15, derandomize=True)
+@given(cases())
+def test_any_sample_in_any_layout(case):
+    op, sample, layout = case
+    check(op, sample, layout=layout)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(cases())
+def test_many_samples_in_any_layout(case):
+    op, sample, layout = case
+    check(op, sample, layout=layout)
 
 
 @pytest.mark.slow
