@@ -5,6 +5,7 @@
 - a load that reads back what the nest stored at the same index is the stored value,
 - x / (1 + exp(-y)) is x * sigmoid(y): the quotient is no better than its exponential, and the
   product takes half the time (error: `pointwise`),
+- int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before,
 - argmax and argmin are ones the chip has, or a maximum and the lowest position that equals it,
 - index expressions use `//` and `%` only where splitting a dimension cannot remove them,
 - dimensions of size 1 are gone (but one reduced dimension stays in a nest with reductions),
@@ -43,12 +44,14 @@ from pagoda.compiler.loop_nest import (
 )
 
 INT32_MAX = 2**31 - 1
+INT8_LIMITS = {"maximum": -128, "minimum": 127}
 
 
 def simplify(nest: LoopNest) -> LoopNest:
     """See the module's docstring."""
     nest = _forward_stores(nest)
     nest = _recognise_sigmoid(nest)
+    nest = _recognise_saturation(nest)
     nest = _split_dimensions(nest)
     nest = _drop_single(nest)
     nest = _merge_dimensions(nest)
@@ -165,6 +168,44 @@ def _sigmoid_argument(nest: LoopNest, denominator: int) -> int | None:
         if chain.name == "exp" and isinstance(minus, Pointwise) and minus.name == "neg":
             return minus.operands[0]
     return None
+
+
+def _recognise_saturation(nest: LoopNest) -> LoopNest:
+    """int8(minimum(maximum(x, low), high)): the cast need not wrap what is in range, and bounds of
+    -128 and 127 are what saturation does anyway."""
+    body = _Body()
+    for number, op in enumerate(nest.body):
+        found = _bounded(nest, op.value) if isinstance(op, Cast) and op.dtype == "int8" else None
+        if found is None:
+            body.copy(number, op)
+            continue
+        x, bounds = found
+        value, dtype = body.values[x], nest.value_dtype(x)
+        for name, limit in bounds:
+            bound = nest.body[limit].value
+            if bound != INT8_LIMITS[name]:
+                value = body.add(Pointwise(name, (value, body.values[limit]), dtype))
+        body.values[number] = body.add(Pointwise("saturate", (value,), "int8"))
+    return _with_body(nest, body)
+
+
+def _bounded(nest: LoopNest, number: int) -> tuple[int, list[tuple[str, int]]] | None:
+    """x and [(maximum or minimum, number of the constant)], first the inner one, if the value is x
+    between two constants that int8 holds; else None."""
+    bounds: list[tuple[str, int]] = []
+    while len(bounds) < 2:
+        op = nest.body[number]
+        if not isinstance(op, Pointwise) or op.name not in INT8_LIMITS:
+            return None
+        x, limit = op.operands
+        if isinstance(nest.body[x], Constant):
+            x, limit = limit, x
+        bound = nest.body[limit]
+        if not isinstance(bound, Constant) or not -128 <= bound.value <= 127:
+            return None
+        bounds.insert(0, (op.name, limit))
+        number = x
+    return (number, bounds) if bounds[0][0] != bounds[1][0] else None
 
 
 def _rewrite_arg_reductions(nest: LoopNest) -> LoopNest:

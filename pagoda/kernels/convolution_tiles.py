@@ -96,7 +96,8 @@ class ConvolutionBuilder:
             row = b.tile(self.bias.tensor.dtype, 1, plan.bn, name="bias")
             b.load(row, self.bias.at(channel), 1, n)
             tree = apply("fadd" if self.sums.is_float else "iadd", tree, Row(row.view()))
-        if self.bias is not None or self.epilogue is not None:
+        exact = self.bias is None and self.output == self.sums
+        if self.bias is not None or self.epilogue is not None and not exact:
             source = b.tile(self.output, plan.pixels, plan.bn, name="product")
             b.elementwise(source, tree, pixels, n)
         if self.epilogue is not None:
