@@ -12,6 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from pagoda.pytorch import (
     convolution_3d,
     functions,
+    int8,
     integers,
     padded_pooling,
     pooling,
@@ -212,6 +213,7 @@ def table() -> dict[Any, Callable]:
         **inductors,
         **get_decompositions(_MORE),
         **_OURS,
+        **int8.DECOMPOSITIONS,
         **_nearest_gradients(),
         _MAX_2D: pooling.max_pool(
             2, _either(padded_pooling.max_pool2d_with_indices, inductors[_MAX_2D])
