@@ -47,12 +47,14 @@ def max_pool2d_with_indices(
 ) -> Any:
     """aten.max_pool2d_with_indices, with torch's choice among equal elements and NaN."""
     dims = _dims(x, kernel_size, stride, padding, dilation, ceil_mode)
-    if dims is None or not x.is_floating_point():
+    if dims is None or x.dtype == torch.bool:
         return NotImplemented
     y, x_ = dims
+    real = x.is_floating_point()
+    x = in_memory(x)  # what makes x may then end the kernel of a convolution
     if max(y.before, y.after, x_.before, x_.after) > 0:
-        x = pad(x, (x_.before, x_.after, y.before, y.after), value=-torch.inf)
-        x = in_memory(x)
+        least = -torch.inf if real else torch.iinfo(x.dtype).min
+        x = in_memory(pad(x, (x_.before, x_.after, y.before, y.after), value=least))
     best = tap = None
     for number in range(y.kernel * x_.kernel):
         ky, kx = divmod(number, x_.kernel)
@@ -60,7 +62,8 @@ def max_pool2d_with_indices(
         if best is None or tap is None:
             best, tap = taken, torch.zeros_like(taken, dtype=torch.int32)
             continue
-        tap = torch.where((taken > best) | taken.isnan(), number, tap)
+        later = taken > best
+        tap = torch.where(later | taken.isnan() if real else later, number, tap)
         best = torch.maximum(best, taken)
     assert best is not None and tap is not None
     ky = sum(((tap >= k * x_.kernel).to(torch.int32) for k in range(1, y.kernel)), 0 * tap)
