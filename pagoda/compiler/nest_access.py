@@ -175,7 +175,7 @@ class Accesses:
     def load(self, number: int, op: Load) -> Value:
         shape = self.plan.shape(self.dims[number])
         mem = self.memory(op.param)
-        dtype = DType.I32
+        dtype = DType.I8 if mem is DType.I8 else DType.I32
         if mem.is_float:
             exact = op.mask is None or _bfloat16(float(op.other)) == round_to_float32(op.other)
             dtype = DType.BF16 if mem is DType.BF16 and exact else DType.F32

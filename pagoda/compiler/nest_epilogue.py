@@ -25,6 +25,7 @@ from pagoda.compiler.scalar import Int
 from pagoda.compiler.schedule import Vector, pack_elementwise, wanted_buffers
 from pagoda.compiler.tile_ir import Declare, Read, Tile, walk
 from pagoda.compiler.tile_ir import Load as TileLoad
+from pagoda.compiler.tile_ir import Store as TileStore
 from pagoda.compiler.values import Range
 from pagoda.isa.functions import FUNCTION_CODES, VECTOR_FUNCTIONS
 from pagoda.isa.numbers import DType
@@ -111,7 +112,7 @@ def epilogue_cost(epilogue: Epilogue, dtype: DType, bias: bool = False) -> Epilo
         epilogue.emit(b, product, rows, cols)
     packed = pack_elementwise(b.build())
     buffers = wanted_buffers(packed)
-    commands, cycles, tiles, loaded = int(rounds), int(rounds), 0, 0
+    commands, cycles, tiles, loaded, stored = int(rounds), int(rounds), 0, 0, 0
     for statement in walk(packed.body):
         match statement:
             case Vector(f1=f1, f2=f2):
@@ -119,6 +120,8 @@ def epilogue_cost(epilogue: Epilogue, dtype: DType, bias: bool = False) -> Epilo
                 cycles += max(VECTOR_FUNCTIONS[FUNCTION_CODES[f]].cost for f in (f1, f2))
             case Declare(tile=tile) if tile.rows == tile.cols == edge and tile.memory == "sram":
                 tiles += tile.element_bytes * min(buffers[tile], 2)
-            case TileLoad(destination=view) if view.tile.rows == view.tile.cols == edge:
-                loaded += view.tile.element_bytes
-    return EpilogueCost(commands, cycles, tiles, loaded)
+            case TileLoad(destination=v, source=source) if v.tile.rows == v.tile.cols == edge:
+                loaded += packed.tensor(source.tensor).dtype.bits // 8
+            case TileStore(destination=access, source=view) if view.tile.cols == edge:
+                stored += packed.tensor(access.tensor).dtype.bits // 8
+    return EpilogueCost(commands, cycles, tiles, loaded, stored)

@@ -5,7 +5,9 @@
 - a load that reads back what the nest stored at the same index is the stored value,
 - x / (1 + exp(-y)) is x * sigmoid(y): the quotient is no better than its exponential, and the
   product takes half the time (error: `pointwise`),
-- int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before,
+- int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before;
+  where it was rounded and the lower bound is not negative, `round_positive` does both (what int8
+  becomes of NaN is the one thing that may differ),
 - argmax and argmin are ones the chip has, or a maximum and the lowest position that equals it,
 - index expressions use `//` and `%` only where splitting a dimension cannot remove them,
 - dimensions of size 1 are gone (but one reduced dimension stays in a nest with reductions),
@@ -180,12 +182,16 @@ def _recognise_saturation(nest: LoopNest) -> LoopNest:
             body.copy(number, op)
             continue
         x, bounds = found
-        value, dtype = body.values[x], nest.value_dtype(x)
+        values = {name: nest.body[limit].value for name, limit in bounds}
+        source, dtype, function = nest.body[x], nest.value_dtype(x), "saturate"
+        rounded = isinstance(source, Pointwise) and source.name == "round"
+        if rounded and dtype == "float32" and 0 <= values["maximum"] <= values["minimum"]:
+            x, function = source.operands[0], "round_positive"
+        value = body.values[x]
         for name, limit in bounds:
-            bound = nest.body[limit].value
-            if bound != INT8_LIMITS[name]:
+            if values[name] != INT8_LIMITS[name]:
                 value = body.add(Pointwise(name, (value, body.values[limit]), dtype))
-        body.values[number] = body.add(Pointwise("saturate", (value,), "int8"))
+        body.values[number] = body.add(Pointwise(function, (value,), "int8"))
     return _with_body(nest, body)
 
 

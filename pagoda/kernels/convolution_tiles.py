@@ -36,7 +36,8 @@ class ConvolutionBuilder:
         self.size = operand.bits // 8
         self.operand, self.output, self.epilogue = operand, output, epilogue
         self.sums = DType.I32 if operand == DType.I8 else DType.F32
-        self.b = b = KernelBuilder("convolution")
+        name = "convolution_depthwise" if shape.depthwise else "convolution"
+        self.b = b = KernelBuilder(name)
         for name in ("images", "rows", "cols", "bn", "run", "bk"):
             b.block(name, getattr(plan, name))
         s, (kh, kw) = shape, shape.kernel
