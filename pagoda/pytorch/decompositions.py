@@ -167,6 +167,7 @@ _OURS: dict[Any, Callable] = {
     aten.max_pool2d_with_indices_backward.default: _either(
         padded_pooling.max_pool2d_with_indices_backward, pooling.max_pool_backward_2d
     ),
+    aten.mean.dim: _either(padded_pooling.mean, aten.mean.dim),
     aten.convolution.default: convolution_3d.convolution,
     aten.convolution_backward.default: convolution_3d.convolution_backward,
     aten.max_pool3d_with_indices_backward.default: pooling.max_pool_backward_3d,
