@@ -40,6 +40,13 @@ def compile(model: Any, **options: Any) -> Any:
     return compile(model, **options)
 
 
+def quantize(model: Any, calibration_inputs: Any = None, *, dynamic: bool = False) -> Any:
+    """An int8 copy of a PyTorch model; see `pagoda.pytorch.quantisation.quantize`."""
+    from pagoda.pytorch.quantisation import quantize
+
+    return quantize(model, calibration_inputs, dynamic=dynamic)
+
+
 def profile() -> AbstractContextManager[Any]:
     """Where the chip's cycles go in the `with` block; see `pagoda.pytorch.chip.profile`."""
     from pagoda.pytorch.chip import profile

@@ -415,3 +415,24 @@ def test_float64_is_refused():
         "parameter p0: the chip computes in float32 and int32 and stores bfloat16, int8 and int64 "
         "besides, but the type is float64; convert it to float32 first"
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+@pytest.mark.parametrize("low, high", [(-128, 127), (0, 127), (-5, 100)])
+def test_int8_between_two_bounds(low, high, dtype):
+    """The cast need not wrap, and the store saturates by itself."""
+    b = Builder([S, Const(33)])
+    x = b.load("x", dtype, I0 * 33 + I1)
+    x = b.pointwise("round", x) if dtype == "float32" else x
+    at_least = b.pointwise("maximum", x, b.constant(low, dtype))
+    bounded = b.pointwise("minimum", at_least, b.constant(high, dtype))
+    b.store("y", "int8", I0 * 33 + I1, b.cast(bounded, "int8"))
+    nest = b.build()[0]
+    x = np.linspace(-300, 300, 5 * 33).astype(dtype)
+    if dtype == "float32":
+        x[1:9] = [np.inf, -np.inf, 3e9, -3e9, 0.5, 1.5, 126.5, 127.5]
+        x[0] = np.nan if low < 0 else 2**24 + 2
+    check(nest, [x, np.zeros(x.size, np.int8)], [5])
+    blocks = Blocks(4, 64)
+    assert "shl" not in str(lower(nest, blocks).kernel)
+    assert ("imin" in str(lower(nest, blocks).kernel)) == (high != 127 and dtype == "int32")

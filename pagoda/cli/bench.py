@@ -8,6 +8,7 @@ BENCHMARKS = {
     "compile": "First calls of a compiled language model: cold, warm, another shape.",
     "gemm": "Matrix products: array utilisation, simulation speed.",
     "rtl": "The RTL against the simulator: bits, cycles, speed.",
+    "resnet50": "ResNet-50, int8 and bf16: array utilisation, scaling to 64 x 64.",
     "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",
 }
 

@@ -435,9 +435,13 @@ class TileBuiltins:
     ) -> None:
         """The rows i and columns j of a product, rounded to the tensor's dtype, go through the
         epilogue."""
-        product = self.builder.tile(tensor.tensor.dtype, i.block, j.block, name="product")
+        dtype = tensor.tensor.dtype
         if isinstance(x, TileValue):
             self.fill(x.tile)
+            if x.tile.dtype == dtype:
+                epilogue.emit(self.builder, x.tile, i, j)
+                return
+        product = self.builder.tile(dtype, i.block, j.block, name="product")
         tree = tree_of(self.operand(x), x.shape)
         self.builder.elementwise(product, tree, i.size, j.size)
         epilogue.emit(self.builder, product, i, j)

@@ -36,7 +36,7 @@ from pagoda.compiler.loop_nest import (
 )
 from pagoda.compiler.nest_frame import Frame, Value, storage
 from pagoda.compiler.nest_plan import COLUMN, FULL, ROW, Plan
-from pagoda.compiler.pointwise import convert
+from pagoda.compiler.pointwise import convert, unsaturated
 from pagoda.compiler.scalar import ONE, ZERO, Int, Scalar, maximum, minimum, select
 from pagoda.compiler.tile_ir import Access, Read, Tile, Tree, View, apply, round_to_float32, splat
 from pagoda.isa.numbers import DType
@@ -175,7 +175,7 @@ class Accesses:
     def load(self, number: int, op: Load) -> Value:
         shape = self.plan.shape(self.dims[number])
         mem = self.memory(op.param)
-        dtype = DType.I32
+        dtype = DType.I8 if mem is DType.I8 else DType.I32
         if mem.is_float:
             exact = op.mask is None or _bfloat16(float(op.other)) == round_to_float32(op.other)
             dtype = DType.BF16 if mem is DType.BF16 and exact else DType.F32
@@ -307,6 +307,8 @@ class Accesses:
         tree = convert(
             tree, self.nest.value_dtype(op.value), self.nest.params[op.param].dtype
         )
+        if mem is DType.I8:
+            tree = unsaturated(tree)
         source = self._source(tree, shape, mem, add)
         rows, cols = frame.extents(shape)
         if self.plan.row not in dims:
@@ -329,10 +331,11 @@ class Accesses:
             self._copy_out(op, source, shape, rows, cols, kr, kc)
 
     def _source(self, tree: Tree, shape: str, mem: DType, add: bool) -> View:
-        """A tile that holds what is stored; stores round float32 to bfloat16 on the way."""
+        """A tile that holds what is stored; the vector engine rounds to bfloat16 or saturates to
+        int8 by the way, a store command what was there before."""
         if isinstance(tree, Read) and tree.view.row == tree.view.col == ZERO:
             return tree.view
-        dtype = DType.BF16 if mem is DType.BF16 and not add else None
+        dtype = mem if mem in (DType.BF16, DType.I8) and not add else None
         return self.frame.stored(tree, shape, dtype, name="out").view()
 
     def _copy_out(

@@ -25,6 +25,7 @@ from pagoda.compiler.scalar import Int
 from pagoda.compiler.schedule import Vector, pack_elementwise, wanted_buffers
 from pagoda.compiler.tile_ir import Declare, Read, Tile, walk
 from pagoda.compiler.tile_ir import Load as TileLoad
+from pagoda.compiler.tile_ir import Store as TileStore
 from pagoda.compiler.values import Range
 from pagoda.isa.functions import FUNCTION_CODES, VECTOR_FUNCTIONS
 from pagoda.isa.numbers import DType
@@ -45,7 +46,8 @@ class Epilogue:
     def emit(self, b: KernelBuilder, product: Tile, rows: Range, cols: Range) -> None:
         """Declare the nest's tensors and scalars; emit its statements for one tile.
 
-        product: the elements of `rows` and `cols` of the product, rounded to its type.
+        product: the elements of `rows` and `cols` of the product, rounded to its type; or its sums,
+        where they are of that type.
         """
         nest = self.nest
         for name, param in zip(self.names(), nest.params, strict=True):
@@ -97,24 +99,29 @@ def epilogue_of(nest: LoopNest, param: int, rows: Expr, cols: int) -> Epilogue |
 
 
 @lru_cache(maxsize=256)
-def epilogue_cost(epilogue: Epilogue, dtype: DType) -> EpilogueCost:
-    """What the cost model needs to know about an epilogue. dtype: of the product."""
+def epilogue_cost(epilogue: Epilogue, dtype: DType, bias: bool = False) -> EpilogueCost:
+    """What the cost model needs to know about an epilogue. dtype: of the product, to which a bias
+    may have been added; sums of 32 bits without one are taken as they are, from ACC."""
+    rounds = bias or dtype.bits != 32
     edge = 64
     b = KernelBuilder("epilogue")
     with b.loop("tile", 0, 2) as tile:
-        product = b.tile(dtype, edge, edge, name="product")
+        memory = "sram" if rounds else "acc"
+        product = b.tile(dtype, edge, edge, name="product", memory=memory)
         rows, cols = Range(tile, Int(edge), edge), Range(tile, Int(edge), edge)
         epilogue.emit(b, product, rows, cols)
     packed = pack_elementwise(b.build())
     buffers = wanted_buffers(packed)
-    commands, cycles, tiles, loaded = 1, 1, 0, 0  # one command rounds the product
+    commands, cycles, tiles, loaded, stored = int(rounds), int(rounds), 0, 0, 0
     for statement in walk(packed.body):
         match statement:
             case Vector(f1=f1, f2=f2):
                 commands += 1
                 cycles += max(VECTOR_FUNCTIONS[FUNCTION_CODES[f]].cost for f in (f1, f2))
-            case Declare(tile=tile) if tile.rows == tile.cols == edge:
+            case Declare(tile=tile) if tile.rows == tile.cols == edge and tile.memory == "sram":
                 tiles += tile.element_bytes * min(buffers[tile], 2)
-            case TileLoad(destination=view) if view.tile.rows == view.tile.cols == edge:
-                loaded += view.tile.element_bytes
-    return EpilogueCost(commands, cycles, tiles, loaded)
+            case TileLoad(destination=v, source=source) if v.tile.rows == v.tile.cols == edge:
+                loaded += packed.tensor(source.tensor).dtype.bits // 8
+            case TileStore(destination=access, source=view) if view.tile.cols == edge:
+                stored += packed.tensor(access.tensor).dtype.bits // 8
+    return EpilogueCost(commands, cycles, tiles, loaded, stored)

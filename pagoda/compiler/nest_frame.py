@@ -29,7 +29,7 @@ STORAGE = {
     "float32": DType.F32, "bfloat16": DType.BF16, "int32": DType.I32, "int64": DType.I64,
     "int8": DType.I8, "uint8": DType.U8, "bool": DType.BOOL,
 }  # fmt: skip
-MAX_TREE = 12  # nodes of a tree that stays one
+MAX_TREE = 16  # nodes of a tree that stays one
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,14 @@ from pagoda.compiler.loop_nest import (
 from pagoda.compiler.nest_access import Accesses, window_of
 from pagoda.compiler.nest_frame import MAX_TREE, Frame, Value, tree_size
 from pagoda.compiler.nest_reduce import Reduction
-from pagoda.compiler.pointwise import bitcast, check_dtype, compose, convert, is_float
+from pagoda.compiler.pointwise import (
+    bitcast,
+    check_dtype,
+    compose,
+    convert,
+    is_float,
+    unsaturated,
+)
 from pagoda.compiler.tile_ir import Read, Splat, Tree, splat
 from pagoda.isa.numbers import DType
 
@@ -113,7 +120,7 @@ class Operations:
         if value.shape is None:
             return value
         users = self.users[number]
-        if len(users) == 1 and tree_size(value.tree) <= MAX_TREE:
+        if len(users) == 1 and tree_size(unsaturated(value.tree)) <= MAX_TREE:
             user = users[0]
             op = self.nest.body[user]
             inline = isinstance(op, (Pointwise, Cast, Bitcast, Store))

@@ -5,6 +5,9 @@
 - a load that reads back what the nest stored at the same index is the stored value,
 - x / (1 + exp(-y)) is x * sigmoid(y): the quotient is no better than its exponential, and the
   product takes half the time (error: `pointwise`),
+- int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before;
+  where it was rounded and the lower bound is not negative, `round_positive` does both (what int8
+  becomes of NaN is the one thing that may differ),
 - argmax and argmin are ones the chip has, or a maximum and the lowest position that equals it,
 - index expressions use `//` and `%` only where splitting a dimension cannot remove them,
 - dimensions of size 1 are gone (but one reduced dimension stays in a nest with reductions),
@@ -43,12 +46,14 @@ from pagoda.compiler.loop_nest import (
 )
 
 INT32_MAX = 2**31 - 1
+INT8_LIMITS = {"maximum": -128, "minimum": 127}
 
 
 def simplify(nest: LoopNest) -> LoopNest:
     """See the module's docstring."""
     nest = _forward_stores(nest)
     nest = _recognise_sigmoid(nest)
+    nest = _recognise_saturation(nest)
     nest = _split_dimensions(nest)
     nest = _drop_single(nest)
     nest = _merge_dimensions(nest)
@@ -165,6 +170,48 @@ def _sigmoid_argument(nest: LoopNest, denominator: int) -> int | None:
         if chain.name == "exp" and isinstance(minus, Pointwise) and minus.name == "neg":
             return minus.operands[0]
     return None
+
+
+def _recognise_saturation(nest: LoopNest) -> LoopNest:
+    """int8(minimum(maximum(x, low), high)): the cast need not wrap what is in range, and bounds of
+    -128 and 127 are what saturation does anyway."""
+    body = _Body()
+    for number, op in enumerate(nest.body):
+        found = _bounded(nest, op.value) if isinstance(op, Cast) and op.dtype == "int8" else None
+        if found is None:
+            body.copy(number, op)
+            continue
+        x, bounds = found
+        values = {name: nest.body[limit].value for name, limit in bounds}
+        source, dtype, function = nest.body[x], nest.value_dtype(x), "saturate"
+        rounded = isinstance(source, Pointwise) and source.name == "round"
+        if rounded and dtype == "float32" and 0 <= values["maximum"] <= values["minimum"]:
+            x, function = source.operands[0], "round_positive"
+        value = body.values[x]
+        for name, limit in bounds:
+            if values[name] != INT8_LIMITS[name]:
+                value = body.add(Pointwise(name, (value, body.values[limit]), dtype))
+        body.values[number] = body.add(Pointwise(function, (value,), "int8"))
+    return _with_body(nest, body)
+
+
+def _bounded(nest: LoopNest, number: int) -> tuple[int, list[tuple[str, int]]] | None:
+    """x and [(maximum or minimum, number of the constant)], first the inner one, if the value is x
+    between two constants that int8 holds; else None."""
+    bounds: list[tuple[str, int]] = []
+    while len(bounds) < 2:
+        op = nest.body[number]
+        if not isinstance(op, Pointwise) or op.name not in INT8_LIMITS:
+            return None
+        x, limit = op.operands
+        if isinstance(nest.body[x], Constant):
+            x, limit = limit, x
+        bound = nest.body[limit]
+        if not isinstance(bound, Constant) or not -128 <= bound.value <= 127:
+            return None
+        bounds.insert(0, (op.name, limit))
+        number = x
+    return (number, bounds) if bounds[0][0] != bounds[1][0] else None
 
 
 def _rewrite_arg_reductions(nest: LoopNest) -> LoopNest:

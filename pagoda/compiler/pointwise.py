@@ -20,8 +20,10 @@ from collections.abc import Callable
 
 from pagoda.compiler.elementary import ELEMENTARY, Keep, choose, f32, i32, with_sign_of
 from pagoda.compiler.errors import CompileError
-from pagoda.compiler.tile_ir import Tree, apply, splat
+from pagoda.compiler.tile_ir import Apply, Tree, apply, splat
 
+INT8_MIN, INT8_MAX = -128, 127
+SMALLEST = 2.0**-149
 WRAPPED = {"int8": (24, "sra"), "uint8": (24, "shr"), "int16": (16, "sra")}
 
 
@@ -45,6 +47,10 @@ def compose(name: str, dtype: str, operand_dtype: str, args: tuple[Tree, ...], k
     check_dtype(operand_dtype, f"operation {name}")
     if name == "where":
         return apply("select", *args)
+    if name == "round_positive":
+        return saturated(_rounded_positive(args[0]))
+    if name == "saturate":
+        return saturated(apply("f2i", args[0]) if is_float(operand_dtype) else args[0])
     if is_float(operand_dtype):
         return _FLOAT[name](keep, *args)
     if name not in _INT:
@@ -63,6 +69,8 @@ def convert(value: Tree, source: str, target: str) -> Tree:
     """A conversion between types held in lanes. Rounding to bfloat16 takes a tile (see `lanes`
     of the caller), so here bfloat16 counts as float32."""
     check_dtype(target, f"a conversion from {source}")
+    if source == target:
+        return value
     if is_float(target):
         return value if is_float(source) else apply("i2f", value)
     if target == "bool":
@@ -92,6 +100,32 @@ def wrapped(value: Tree, dtype: str) -> Tree:
         return value
     shift, right = WRAPPED[dtype]
     return apply(right, apply("shl", value, splat(shift)), splat(shift))
+
+
+def saturated(value: Tree) -> Tree:
+    """int32 lanes cut off to what int8 holds."""
+    return apply("imin", apply("imax", value, splat(INT8_MIN)), splat(INT8_MAX))
+
+
+def _rounded_positive(value: Tree) -> Tree:
+    """int32 lanes nearest to a float that is not negative, ties to even; at least 2^24 for one that
+    is larger, and for NaN.
+
+    The product with the smallest subnormal number is rounded to a multiple of that number, and the
+    patterns of these multiples are 0, 1, 2, ...
+    """
+    return apply("as_int", apply("fmul", value, splat(SMALLEST)))
+
+
+def unsaturated(value: Tree) -> Tree:
+    """x, if the tree is saturated(x): a store of int8 cuts off by itself."""
+    for function, limit in (("imin", INT8_MAX), ("imax", INT8_MIN)):
+        if not isinstance(value, Apply) or value.function != function:
+            return value
+        if value.arguments[1] != splat(limit):
+            return value
+        value = value.arguments[0]
+    return value
 
 
 # Division and rounding ---------------------------------------------------------------------------

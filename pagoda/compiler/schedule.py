@@ -145,7 +145,9 @@ class _Packer:
 
     def pack(self) -> None:
         root = self.root
-        if isinstance(root, Apply) and root.function not in REINTERPRET:
+        while isinstance(root, Apply) and root.function in REINTERPRET:
+            root = root.arguments[0]  # a command converts patterns by the destination's type alone
+        if isinstance(root, Apply):
             self._compute(root, self.statement.destination, self.statement.destination.tile.dtype)
         else:
             operand = self._operand(root)

@@ -45,7 +45,7 @@ def build_convolution(
     images, which the call gives. Any plan gives the same bits. epilogue: takes y's place; of the
     matrix of n oh ow rows and co columns. Raises CompileError.
     """
-    cost = None if epilogue is None else epilogue_cost(epilogue, output)
+    cost = None if epilogue is None else epilogue_cost(epilogue, output, bias is not None)
     shape = replace(shape, bias=bias is not None, epilogue=cost)
     if shape.depthwise:
         plan = plan or choose_depthwise(chip, shape)

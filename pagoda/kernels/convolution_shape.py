@@ -243,12 +243,12 @@ def convolution_cycles(chip: Chip, shape: ConvolutionShape, plan: ConvolutionPla
         for rows, n_rows in blocks(shape.oh, plan.rows):
             for cols, n_cols in blocks(shape.ow, plan.cols):
                 window = _window_cycles(chip, shape, images, rows, cols)
-                matrix, port, store = _tile_cycles(chip, shape, plan, images * rows * cols)
+                work, port, store = _tile_cycles(chip, shape, plan, images * rows * cols)
                 wait = chip.dram_latency + 50
                 if plan.windows == 1:
-                    cycles = max(matrix, port) + (window + wait) * plan.parts
+                    cycles = max(work, port) + (window + wait) * plan.parts
                 else:
-                    cycles = max(matrix, port + window * plan.parts)
+                    cycles = max(work, port + window * plan.parts)
                 total += n_images * n_rows * n_cols * cycles
                 first, last = max(first, window + wait), store
     jobs = ceildiv(shape.n, plan.images) * ceildiv(shape.oh, plan.rows)
@@ -268,11 +268,11 @@ def _window_cycles(chip: Chip, shape: ConvolutionShape, images: int, rows: int, 
 def _tile_cycles(
     chip: Chip, shape: ConvolutionShape, plan: ConvolutionPlan, m: int
 ) -> tuple[float, float, int]:
-    """For m pixels and all channels: cycles of the matrix engine, of the port for weights and
-    outputs, and of the port for one store."""
+    """For m pixels and all channels: cycles of the matrix or the vector engine, which works longer,
+    of the port for weights and outputs, and of the port for one store."""
     turned = shape.layout.turned
     size, taps = shape.operand_bytes, shape.kernel[0] * shape.kernel[1]
-    matrix = port = 0.0
+    matrix = port = vector = 0.0
     store = 0
     depth = shape.layout.output if turned else shape.layout.channel
     pitch = shape.steps[2]
@@ -287,14 +287,16 @@ def _tile_cycles(
             matrix += steps * max(dot.occupancy + dot.tail, 2 * ISSUE_CYCLES)
             block = (n, plan.run * bk) if turned else (plan.run * bk, n)
             port += steps * port_cycles(chip, *block, depth, size)
-        local = 4
-        if shape.bias or shape.epilogue:
-            local = shape.output_bytes
-        if shape.epilogue is not None and shape.epilogue.loaded_bytes:
-            port += count * port_cycles(chip, m, n, pitch, shape.epilogue.loaded_bytes)
-        store = port_cycles(chip, m, n, pitch, shape.output_bytes, local)
+        stored, local = shape.output_bytes, shape.output_bytes if shape.bias else 4
+        if shape.epilogue is not None:
+            stored = local = shape.epilogue.stored_bytes
+            group = timing.vector(chip, m, n, 0, 0).occupancy
+            vector += count * shape.epilogue.cycles * group
+            if shape.epilogue.loaded_bytes:
+                port += count * port_cycles(chip, m, n, pitch, shape.epilogue.loaded_bytes)
+        store = port_cycles(chip, m, n, pitch, stored, local)
         port += count * store
-    return matrix, port, store
+    return max(matrix, vector), port, store
 
 
 def merges_run(shape: ConvolutionShape) -> bool:

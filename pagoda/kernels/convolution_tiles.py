@@ -36,7 +36,8 @@ class ConvolutionBuilder:
         self.size = operand.bits // 8
         self.operand, self.output, self.epilogue = operand, output, epilogue
         self.sums = DType.I32 if operand == DType.I8 else DType.F32
-        self.b = b = KernelBuilder("convolution")
+        name = "convolution_depthwise" if shape.depthwise else "convolution"
+        self.b = b = KernelBuilder(name)
         for name in ("images", "rows", "cols", "bn", "run", "bk"):
             b.block(name, getattr(plan, name))
         s, (kh, kw) = shape, shape.kernel
@@ -96,7 +97,8 @@ class ConvolutionBuilder:
             row = b.tile(self.bias.tensor.dtype, 1, plan.bn, name="bias")
             b.load(row, self.bias.at(channel), 1, n)
             tree = apply("fadd" if self.sums.is_float else "iadd", tree, Row(row.view()))
-        if self.bias is not None or self.epilogue is not None:
+        exact = self.bias is None and self.output == self.sums
+        if self.bias is not None or self.epilogue is not None and not exact:
             source = b.tile(self.output, plan.pixels, plan.bn, name="product")
             b.elementwise(source, tree, pixels, n)
         if self.epilogue is not None:

@@ -78,7 +78,7 @@ def _fused(
         rows, cols = out.sizes
         row_major = out.strides[1] == Const(1) and (out.strides[0] == cols or rows == Const(1))
     if (
-        a.dtype != "bfloat16"
+        a.dtype not in ("bfloat16", "int8")
         or len(params) != 1
         or users[out.buffer] != 2
         or region.buffers[out.buffer].kind != "temporary"

@@ -105,7 +105,7 @@ def build_matmul(
         transposed_a=a.strides[2] != size and a.strides[1] == size,
         transposed_b=b.strides[2] != size and b.strides[1] == size,
         bias=bias is not None, fixed_k=a.sizes[2] is not None,
-        epilogue=None if epilogue is None else epilogue_cost(epilogue, c.dtype),
+        epilogue=None if epilogue is None else epilogue_cost(epilogue, c.dtype, bias is not None),
     )  # fmt: skip
     plan = plan or choose_matmul(chip, shape)
     given = dict(c=c, a=a, b=b, bias=bias, BM=plan.bm, BN=plan.bn, BK=plan.bk)

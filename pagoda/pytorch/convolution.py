@@ -48,11 +48,13 @@ def _convolution(
 ) -> torch.Tensor:
     """x [n, c, h, w], w [o, c / groups, kh, kw], both channels last; size: rows and columns of the
     result, of type `dtype`, channels last as well."""
-    bias = None if bias is None else bias.float()
+    exact = torch.float32 if x.is_floating_point() else torch.float64
+    bias = None if bias is None else bias.to(exact)
     out = torch.nn.functional.conv2d(
-        x.float(), w.float(), bias, stride, padding, dilation, groups
+        x.to(exact), w.to(exact), bias, stride, padding, dilation, groups
     )
-    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+    out = out.to(dtype) if x.is_floating_point() else out.to(torch.int64).to(dtype)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 @_op("convolution_transposed")

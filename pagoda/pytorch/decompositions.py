@@ -13,6 +13,7 @@ from pagoda.pytorch import (
     convolution_3d,
     functions,
     grouped,
+    int8,
     integers,
     padded_pooling,
     pooling,
@@ -162,6 +163,7 @@ _OURS: dict[Any, Callable] = {
     aten.max_pool2d_with_indices_backward.default: _either(
         padded_pooling.max_pool2d_with_indices_backward, pooling.max_pool_backward_2d
     ),
+    aten.mean.dim: _either(padded_pooling.mean, aten.mean.dim),
     aten.convolution.default: convolution_3d.convolution,
     aten.convolution_backward.default: convolution_3d.convolution_backward,
     aten.max_pool3d_with_indices_backward.default: pooling.max_pool_backward_3d,
@@ -208,6 +210,7 @@ def table() -> dict[Any, Callable]:
         **inductors,
         **get_decompositions(_MORE),
         **_OURS,
+        **int8.DECOMPOSITIONS,
         **_nearest_gradients(),
         _MAX_2D: pooling.max_pool(
             2, _either(padded_pooling.max_pool2d_with_indices, inductors[_MAX_2D])

@@ -17,7 +17,7 @@ from torch._inductor.codegen.common import (
 )
 from torch._inductor.compile_fx import compile_fx
 
-from pagoda.pytorch import decompositions, device, eager, guards, layouts
+from pagoda.pytorch import decompositions, device, eager, guards, layouts, qdq
 from pagoda.pytorch.graph_pass import BiasPass, GraphPass
 from pagoda.pytorch.scheduling import PagodaScheduling
 from pagoda.pytorch.wrapper import RegionWrapper
@@ -169,6 +169,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
             f'its inputs are {where}. Call model.to("pagoda") first, and move the inputs with '
             f'.to("pagoda").'
         )
+    qdq.use_int8(gm, example_inputs)
     return compile_graph(gm, example_inputs)
 
 

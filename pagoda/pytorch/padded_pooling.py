@@ -1,4 +1,5 @@
-"""Pooling with padding as pooling of a padded copy, and the gradient of the largest as a sum.
+"""Pooling with padding as pooling of a padded copy, the gradient of the largest as a sum, and
+pooling of all of a small image.
 
 A window that may lie outside its input is a masked load for each of its elements; in a padded copy
 all windows lie inside, and each of their elements is a strided row that one command loads. The copy
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 aten = torch.ops.aten
 
 MOST_TAPS = 25
+MOST_PIXELS = 64  # added up by unrolled code
 
 
 @torch.library.custom_op("pagoda::in_memory", mutates_args=(), device_types="cpu")
@@ -47,12 +49,14 @@ def max_pool2d_with_indices(
 ) -> Any:
     """aten.max_pool2d_with_indices, with torch's choice among equal elements and NaN."""
     dims = _dims(x, kernel_size, stride, padding, dilation, ceil_mode)
-    if dims is None or not x.is_floating_point():
+    if dims is None or x.dtype == torch.bool:
         return NotImplemented
     y, x_ = dims
+    real = x.is_floating_point()
+    x = in_memory(x)  # what makes x may then end the kernel of a convolution
     if max(y.before, y.after, x_.before, x_.after) > 0:
-        x = pad(x, (x_.before, x_.after, y.before, y.after), value=-torch.inf)
-        x = in_memory(x)
+        least = -torch.inf if real else torch.iinfo(x.dtype).min
+        x = in_memory(pad(x, (x_.before, x_.after, y.before, y.after), value=least))
     best = tap = None
     for number in range(y.kernel * x_.kernel):
         ky, kx = divmod(number, x_.kernel)
@@ -60,7 +64,8 @@ def max_pool2d_with_indices(
         if best is None or tap is None:
             best, tap = taken, torch.zeros_like(taken, dtype=torch.int32)
             continue
-        tap = torch.where((taken > best) | taken.isnan(), number, tap)
+        later = taken > best
+        tap = torch.where(later | taken.isnan() if real else later, number, tap)
         best = torch.maximum(best, taken)
     assert best is not None and tap is not None
     ky = sum(((tap >= k * x_.kernel).to(torch.int32) for k in range(1, y.kernel)), 0 * tap)
@@ -201,6 +206,25 @@ def avg_pool2d(
         return NotImplemented
     padded = in_memory(pad(x, (left, left, top, top)))
     return aten.avg_pool2d(padded, kernel_size, stride, 0, False, True, divisor_override)
+
+
+def mean(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """The mean over all pixels of few, channels last: pixels are added up one after another, all
+    channels at once; along a row of the result they lie far apart."""
+    if dim is None or x.dim() != 4 or {d % 4 for d in dim} != {2, 3} or dtype is not None:
+        return NotImplemented
+    pixels = x.shape[2] * x.shape[3]
+    last = x.stride(1) == 1 and not x.is_contiguous()
+    if not last or not isinstance(pixels, int) or not 1 < pixels <= MOST_PIXELS:
+        return NotImplemented
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return NotImplemented
+    x = in_memory(x)
+    rows = [sum(x[:, :, y, k].float() for k in range(x.shape[3])) for y in range(x.shape[2])]
+    found = (sum(rows) / pixels).to(x.dtype)
+    return found[:, :, None, None] if keepdim else found
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

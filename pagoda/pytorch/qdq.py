@@ -1,0 +1,161 @@
+"""Quantised graphs as torch.export and torchao write them, on the int8 array.
+
+    dequantize(x) -> convolution or linear(., dequantize(w)) becomes the int8 operation of `int8`,
+
+in units of x's scale times w's: what follows (bias, activation, quantize) is fused into its kernel
+like any pointwise operation. x int8 or uint8 with any zero point, one scale; w int8 with a scale
+for all or per output channel, symmetric. The sums are exact, where the graph as it is written would
+multiply dequantised floats and round each step. Anything else is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from pagoda.pytorch.int8 import INT8_MIN
+
+_PER_TENSOR = "quantized_decomposed.dequantize_per_tensor"
+_PER_CHANNEL = "quantized_decomposed.dequantize_per_channel"
+
+
+def dequantised_convolution(
+    x: torch.Tensor,
+    x_scale: Any,
+    x_zero_point: int,
+    w: torch.Tensor,
+    w_scale: Any,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """conv2d of (x - x_zero_point) x_scale and w w_scale, + bias, in float32. x int8 or uint8,
+    [n, c, h, w]; w int8; w_scale a number or one per output channel."""
+    x, zero_point = _signed(x, x_zero_point)
+    steps = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    scale = _scales(w, x_scale, w_scale)
+    y = torch.ops.pagoda.convolution_int8(
+        x, w, scale, _correction(w, zero_point), *steps, zero_point, torch.float32
+    )
+    return y if bias is None else y + bias.float().view(-1, 1, 1)
+
+
+def dequantised_linear(
+    x: torch.Tensor,
+    x_scale: Any,
+    x_zero_point: Any,
+    w: torch.Tensor,
+    w_scale: Any,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear of (x - x_zero_point) x_scale and w w_scale, + bias, in float32. x int8 or uint8
+    [..., k]; w int8 [o, k]; scale and zero point of x may be tensors, found as the model runs."""
+    x, zero_point = _signed(x, x_zero_point)
+    scale = _scales(w, x_scale, w_scale)
+    y = torch.ops.pagoda.linear_int8(x, w, scale, _correction(w, zero_point), torch.float32)
+    return y if bias is None else y + bias.float()
+
+
+def _signed(x: torch.Tensor, zero_point: Any) -> tuple[torch.Tensor, Any]:
+    if x.dtype == torch.uint8:
+        return (x.to(torch.int32) + INT8_MIN).to(torch.int8), zero_point + INT8_MIN
+    return x, zero_point
+
+
+def _scales(w: torch.Tensor, x_scale: Any, w_scale: Any) -> torch.Tensor:
+    ones = torch.ones(w.shape[0], dtype=torch.float32, device=w.device)
+    return ones * x_scale * w_scale
+
+
+def _correction(w: torch.Tensor, zero_point: Any) -> torch.Tensor | None:
+    """What a zero point of x adds to each sum too much."""
+    if not isinstance(zero_point, torch.Tensor) and zero_point == 0:
+        return None
+    sums = w.flatten(1).sum(1, dtype=torch.int32)
+    return (-sums * zero_point).to(torch.int32)
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else [*value] * (2 // len(value))
+
+
+_LAYERS: dict[str, Callable] = {
+    "aten.conv2d": dequantised_convolution,
+    "conv2d": dequantised_convolution,
+    "aten.linear": dequantised_linear,
+    "linear": dequantised_linear,
+}
+
+
+def use_int8(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Rewrites the graph in place; see the module. example_inputs: its arguments, of which zero
+    points of weights are looked at."""
+    places = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = dict(zip(places, example_inputs, strict=False))
+    changed = False
+    for node in list(gm.graph.nodes):
+        made = _LAYERS.get(_name(node))
+        if made is None or len(node.args) < 2:
+            continue
+        x, w = _dequantised(node.args[0]), _dequantised(node.args[1])
+        if x is None or w is None or not _symmetric(gm, values, node.args[1]):
+            continue
+        if made is dequantised_convolution and not isinstance(x[2], int):
+            continue
+        if any(isinstance(a, str) for a in (*node.args, *node.kwargs.values())):
+            continue  # padding "same"
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(made, (*x, *w[:2], *node.args[2:]), dict(node.kwargs))
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        changed = True
+    if changed:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+
+
+def _name(node: Any) -> str:
+    """The operation without its overload, as "aten.conv2d"; those of torch.nn.functional bare."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket)
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return str(node.target)
+    return getattr(node.target, "__name__", "")
+
+
+def _dequantised(node: Any) -> tuple[Any, Any, Any] | None:
+    """(values, scale, zero point) of a dequantised tensor; per channel only along the first."""
+    name = _name(node)
+    if name == _PER_TENSOR and node.args[5] in (torch.int8, torch.uint8):
+        return node.args[:3]
+    if name == _PER_CHANNEL and node.args[3] == 0 and node.args[6] == torch.int8:
+        return node.args[:3]
+    return None
+
+
+def _symmetric(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node) -> bool:
+    """Whether the weight is int8 without a zero point."""
+    dtype = node.args[5 if _name(node) == _PER_TENSOR else 6]
+    zero_point = node.args[2]
+    if isinstance(zero_point, fx.Node) and zero_point.op == "get_attr":
+        zero_point = _attribute(gm, zero_point.target)
+    elif isinstance(zero_point, fx.Node):
+        zero_point = values.get(zero_point)
+    if isinstance(zero_point, torch.Tensor):
+        fake = isinstance(zero_point, torch._subclasses.FakeTensor)
+        return dtype == torch.int8 and not fake and not bool(zero_point.cpu().any())
+    return dtype == torch.int8 and zero_point in (0, None)
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    found: Any = gm
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
