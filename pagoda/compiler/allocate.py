@@ -10,7 +10,7 @@ time, so placement is a search for little waiting:
 - Two tiles that different engines, or one command, touch through the same kind of bank port
   should lie in different banks; each pair has a weight, and placement takes the cheapest place.
 - Tiles in loops rotate over several buffers (`schedule.wanted_buffers`); when that does not fit,
-  the largest number is lowered first.
+  the largest number is lowered first. Before the last two become one, they move together.
 """
 
 from __future__ import annotations
@@ -209,10 +209,12 @@ def _place_memory(
         if isinstance(statement, Reserve) and statement.tile in lives:
             least[statement.tile] = statement.minimum
     while True:
-        for share in (False, True):
+        for share, spread in ((False, True), (False, False), (True, True)):
             if share and buffers != least:
                 continue
-            found = _place(lives, buffers, weights, interval, bank, share)
+            if not spread and buffers != least and max(buffers.values()) > 2:
+                continue  # a bank for each buffer is worth more than a third one
+            found = _place(lives, buffers, weights, interval, bank, share, spread)
             if found is not None:
                 return found
         spare = [tile for tile in lives if buffers[tile] > least[tile]]
@@ -229,14 +231,18 @@ def _place(
     interval: tuple[int, int],
     bank: int,
     share: bool,
+    spread: bool,
 ) -> dict[Tile, Placement] | None:
+    """share: tiles of different engines may share bytes. spread: buffers that two engines use at
+    once lie in banks of their own."""
     low, high = interval
     placed: dict[Tile, Placement] = {}
     order = sorted(lives, key=lambda t: (-buffers[t] * t.nbytes, lives[t].start))
     for tile in order:
         size = _round_up(max(tile.nbytes, 1), ALIGNMENT)
         stride = size
-        if weights[frozenset((tile,))] and buffers[tile] * _round_up(size, bank) <= high - low:
+        wide = buffers[tile] * _round_up(size, bank)
+        if spread and weights[frozenset((tile,))] and wide <= high - low:
             stride = _round_up(size, bank)
         total = (buffers[tile] - 1) * stride + size
         taken = sorted(

@@ -48,13 +48,15 @@ SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at
 @dataclass(frozen=True)
 class EpilogueCost:
     """What a loop nest at the end of a product (`nest_epilogue`) does for each output tile:
-    vector commands, their cycles per group of lanes, and per element bytes of tiles and of loads.
+    vector commands, their cycles per group of lanes, and per element bytes of tiles, of loads and
+    of each store.
     """
 
     commands: int
     cycles: int
     tile_bytes: int
     loaded_bytes: int
+    stored_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -306,8 +308,12 @@ def port_cycles(
 
 
 def _store_cycles(chip: Chip, shape: MatmulShape, m: int, n: int) -> int:
-    """A tile of sums, converted on its way unless a bias is added first."""
-    local_size = shape.output_bytes if shape.bias or shape.epilogue else 4
+    """A tile of sums, converted on its way unless a bias is added first; or an epilogue's."""
+    if shape.epilogue is not None:
+        lead = timing.store_lead(chip, 32, 32)
+        sizes = shape.epilogue.stored_bytes
+        return sum(lead + port_cycles(chip, m, n, shape.n, size) for size in sizes)
+    local_size = shape.output_bytes if shape.bias else 4
     lead = timing.store_lead(chip, 8 * shape.output_bytes, 8 * local_size)
     return lead + port_cycles(chip, m, n, shape.n, shape.output_bytes, local_size)
 

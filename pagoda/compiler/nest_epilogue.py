@@ -4,8 +4,8 @@
     for i, j:  y[i, j] = f(x[i, j], z[i, j])      to x's type, then f, and only y is stored
 
 The product's elements are the ones that would have been stored, so the results are the same bits
-with and without. What it saves: x never travels to DRAM and back, and the vector engine works on
-one tile while the matrix engine multiplies the next.
+with and without. What it saves: x never travels to DRAM and back (or, where others read it too, only
+there), and the vector engine works on one tile while the matrix engine multiplies the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pagoda.compiler.builder import KernelBuilder
 from pagoda.compiler.cost import EpilogueCost
 from pagoda.compiler.index_expr import Expr, Var
-from pagoda.compiler.loop_nest import Indirect, Load, LoopNest, Reduce, Store
+from pagoda.compiler.loop_nest import ITEMSIZE, Indirect, Load, LoopNest, Reduce, Store
 from pagoda.compiler.nest_frame import Frame, Value, storage
 from pagoda.compiler.nest_operations import Operations
 from pagoda.compiler.nest_plan import FULL, Plan
@@ -32,10 +32,12 @@ from pagoda.isa.numbers import DType
 
 @dataclass(frozen=True)
 class Epilogue:
-    """nest: of two dimensions, rows and columns of the product; param: the one that is it."""
+    """nest: of two dimensions, rows and columns of the product; param: the one that is it; keep:
+    the product is stored too."""
 
     nest: LoopNest
     param: int
+    keep: bool = False
 
     def names(self) -> tuple[str | None, ...]:
         """Tensor name per parameter of the nest; None for the product."""
@@ -65,9 +67,11 @@ class Epilogue:
                 operations.emit([number])
 
 
-def epilogue_of(nest: LoopNest, param: int, rows: Expr, cols: int) -> Epilogue | None:
+def epilogue_of(
+    nest: LoopNest, param: int, rows: Expr, cols: int, keep: bool = False
+) -> Epilogue | None:
     """The nest as the end of a product of rows x cols elements which its parameter `param` holds in
-    row-major order; None if it cannot be one. rows: in the nest's symbols."""
+    row-major order; None if it cannot be one. rows: in the nest's symbols. keep: see `Epilogue`."""
     if nest.reduced:
         return None
     small = as_rows(simplify(nest), cols)
@@ -93,7 +97,7 @@ def epilogue_of(nest: LoopNest, param: int, rows: Expr, cols: int) -> Epilogue |
     stored = {op.param for op in small.body if isinstance(op, Store)}
     if touched.get(param) != {here} or any(len(touched[p]) > 1 for p in stored):
         return None
-    return Epilogue(small, param)
+    return Epilogue(small, param, keep)
 
 
 @lru_cache(maxsize=256)
@@ -117,4 +121,7 @@ def epilogue_cost(epilogue: Epilogue, dtype: DType) -> EpilogueCost:
                 tiles += tile.element_bytes * min(buffers[tile], 2)
             case TileLoad(destination=view) if view.tile.rows == view.tile.cols == edge:
                 loaded += view.tile.element_bytes
-    return EpilogueCost(commands, cycles, tiles, loaded)
+    nest = epilogue.nest
+    stored = [nest.params[op.param].dtype for op in nest.body if isinstance(op, Store)]
+    sizes = [ITEMSIZE[name] for name in stored] + [dtype.bits // 8] * epilogue.keep
+    return EpilogueCost(commands, cycles, tiles, loaded, tuple(sizes))
