@@ -4,8 +4,8 @@
     for i, j:  y[i, j] = f(x[i, j], z[i, j])      to x's type, then f, and only y is stored
 
 The product's elements are the ones that would have been stored, so the results are the same bits
-with and without. What it saves: x never travels to DRAM and back (or, where others read it too, only
-there), and the vector engine works on one tile while the matrix engine multiplies the next.
+with and without. What it saves: x never travels to DRAM and back (or, where others read it too,
+only there), and the vector engine works on one tile while the matrix engine multiplies the next.
 """
 
 from __future__ import annotations
