@@ -61,7 +61,7 @@ def test_gelu_is_made_of_a_sigmoid(with_gradient):
     result = execute(lower(nest, Blocks(4, 512)), arrays, ())[-1]
     wanted = exact(x)[with_gradient]
     error = np.abs(result - wanted)
-    assert error.max() <= 6e-7  # an ulp of 8
+    assert error.max() <= (2.5e-6 if with_gradient else 1e-6)  # as documented
     assert error[x < -6].max() <= 1e-12  # where 1 + tanh(y) would have lost everything
 
 
