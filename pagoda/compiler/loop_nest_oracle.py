@@ -85,6 +85,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log10": np.log10, "log1p": np.log1p, "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
     "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "erf": _erf, "erfc": _erfc,
+    "recip1p_exp2": lambda x: 1 / (1 + np.exp2(x)),
     "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "round": np.round,
     "bitwise_not": np.invert, "isnan": np.isnan, "isinf": np.isinf, "signbit": np.signbit,
     "logical_not": np.logical_not, "fma": _fma, "where": np.where,

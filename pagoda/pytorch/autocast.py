@@ -16,32 +16,38 @@ _KEY = "AutocastPrivateUse1"
 _BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
 # In the type of the region (bfloat16).
-LOWER = """
-conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input
-convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm
-chain_matmul linalg_multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
-scaled_dot_product_attention
-""".split()
+LOWER = [
+    "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input",
+    "conv_transpose3d.input", "convolution", "prelu", "addmm", "addmv", "addr", "matmul",
+    "einsum", "mm", "mv", "linalg_vecdot", "linear", "addbmm", "baddbmm", "bmm", "chain_matmul",
+    "linalg_multi_dot", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    "scaled_dot_product_attention",
+]  # fmt: skip
 
 # In float32.
-FLOAT32 = """
-acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar
-pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm
-frobenius_norm.dim nuclear_norm nuclear_norm.dim cosine_similarity poisson_nll_loss
-cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss
-huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
-multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp
-""".split()
+FLOAT32 = [
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p",
+    "reciprocal", "rsqrt", "sinh", "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor",
+    "pow.Scalar", "softplus", "layer_norm", "native_layer_norm", "rms_norm", "group_norm",
+    "frobenius_norm.dim", "nuclear_norm", "nuclear_norm.dim", "cosine_similarity",
+    "poisson_nll_loss", "cosine_embedding_loss", "nll_loss", "nll_loss2d",
+    "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss",
+    "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss", "triplet_margin_loss",
+    "multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm",
+    "logsumexp",
+]  # fmt: skip
 
 # In float32, unless the call names a type.
-FLOAT32_UNLESS_GIVEN = """
-prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm sum sum.dim_IntList
-""".split()
+FLOAT32_UNLESS_GIVEN = [
+    "prod", "prod.dim_int", "softmax.int", "log_softmax.int", "cumprod", "cumsum",
+    "linalg_vector_norm", "sum", "sum.dim_IntList",
+]  # fmt: skip
 
 # In the widest type among the arguments.
-WIDEST = """
-addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add
-""".split()
+WIDEST = [
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "grid_sampler",
+    "index_put", "tensordot", "scatter_add",
+]  # fmt: skip
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,9 +79,9 @@ def _in(op: Any, dtype: torch.dtype | None, unless_given: bool = False) -> Any:
 def _in_widest(op: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_BELOW):
-            found = [t.dtype for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
-            low = torch.get_autocast_dtype(NAME)
-            wanted = torch.float32 if torch.float32 in found else low
+            tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+            wide = any(t.dtype == torch.float32 for t in tensors)
+            wanted = torch.float32 if wide else torch.get_autocast_dtype(NAME)
             return op(*_cast(args, wanted), **_cast(kwargs, wanted))
 
     return run
