@@ -8,6 +8,8 @@ BENCHMARKS = {
     "gemm": "Matrix products: array utilisation, simulation speed.",
     "rtl": "The RTL against the simulator: bits, cycles, speed.",
     "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",
+    "bert": "BERT-base: inference.",
+    "train": "GPT-2 with 124 M parameters: a training step.",
 }
 
 
