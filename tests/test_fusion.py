@@ -84,14 +84,25 @@ def make(builder: Builder, cols: int, k: int, *, bias=False, kind="temporary") -
     return Region("test", inputs, (), (), buffers, (product, follower))
 
 
-def run(made: Region, arrays: dict[str, np.ndarray], rows: int, chip) -> np.ndarray:
+def in_two_steps(made: Region) -> Region:
+    """Something that reads the product between the two keeps them apart."""
+    product, nest = made.steps
+    size = Const(1)
+    copy = KernelCall(LibraryCall("copy"), (flat(len(made.buffers), size), flat(1, size)))
+    between = Buffer("between", "bfloat16", size, "temporary")
+    return replace(made, buffers=(*made.buffers, between), steps=(product, copy, nest))
+
+
+def run(
+    made: Region, arrays: dict[str, np.ndarray], rows: int, chip, result: str = "out"
+) -> np.ndarray:
     device, symbols = Device(chip), {"s": rows}
     executable = build(made, chip, symbols)
     wanted = [made.buffers[entry.view.buffer].name for entry in made.inputs]
     places = {name: device.place(arrays[name]) for name in wanted}
     arguments = [TensorArg(device.pointer(places[name]), (), (), "") for name in wanted]
     LoadedExecutable(device, executable).run(arguments, [], symbols)
-    return device.array(places["out"], arrays["out"].shape, np.uint16).copy()
+    return device.array(places[result], arrays[result].shape, np.uint16).copy()
 
 
 def tensors(rows: int, cols: int, k: int, gate_rows: int) -> dict[str, np.ndarray]:
@@ -108,8 +119,8 @@ def tensors(rows: int, cols: int, k: int, gate_rows: int) -> dict[str, np.ndarra
 def test_same_bits_as_two_steps(chip, rows, cols, k):
     arrays = tensors(rows, cols, k, rows)
     builder, _ = silu_times(cols)
-    fused, apart = (make(builder, cols, k, kind=kind) for kind in ("temporary", "input"))
-    assert isinstance(fuse(fused)[0], FusedCall) and len(fuse(apart)) == 2
+    fused, apart = make(builder, cols, k), in_two_steps(make(builder, cols, k))
+    assert isinstance(fuse(fused)[0], FusedCall) and len(fuse(apart)) == 3
     found = run(fused, arrays, rows, PRESETS[chip])
     assert np.array_equal(found, run(apart, arrays, rows, PRESETS[chip]))
     gate = arrays["gate"].astype(np.float64)
@@ -120,20 +131,52 @@ def test_same_bits_as_two_steps(chip, rows, cols, k):
 
 def test_bias_and_row_operands():
     arrays = tensors(19, 48, 24, 1)
-    fused, apart = (
-        make(row_scaled(48), 48, 24, bias=True, kind=kind) for kind in ("temporary", "input")
-    )
+    fused = make(row_scaled(48), 48, 24, bias=True)
+    apart = in_two_steps(fused)
     assert isinstance(fuse(fused)[0], FusedCall)
     for chip in ("tiny", "edge", "car"):
         found = run(fused, arrays, 19, PRESETS[chip])
         assert np.array_equal(found, run(apart, arrays, 19, PRESETS[chip]))
 
 
-def test_not_fused_where_the_product_is_used_again():
+@pytest.mark.parametrize("chip", ["tiny", "edge", "car"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_that_is_used_again_is_stored_too(chip, bias):
+    arrays = tensors(37, 96, 40, 37)
+    builder, _ = silu_times(96)
+    kept = make(builder, 96, 40, kind="input", bias=bias)
+    (step,) = fuse(kept)
+    assert isinstance(step, FusedCall) and step.epilogue.keep
+    out, x = (run(kept, arrays, 37, PRESETS[chip], name) for name in ("out", "x"))
+    apart = in_two_steps(kept)
+    assert np.array_equal(out, run(apart, arrays, 37, PRESETS[chip]))
+    assert np.array_equal(x, run(apart, arrays, 37, PRESETS[chip], "x"))
+
+
+def test_a_product_waits_for_its_nest():
     builder, _ = silu_times(8)
     made = make(builder, 8, 4)
-    again = KernelCall(made.steps[1].kernel, made.steps[1].args, made.steps[1].symbols)
-    assert len(fuse(replace(made, steps=(*made.steps, again)))) == 3
+    product, nest = made.steps
+    other = KernelCall(LibraryCall("copy"), (flat(5, Const(8)), flat(4, Const(8))))
+    assert [type(step) for step in fuse(replace(made, steps=(product, other, nest)))] == [
+        KernelCall, FusedCall,
+    ]  # fmt: skip
+
+
+def test_a_product_does_not_wait_while_its_operand_is_overwritten():
+    builder, _ = silu_times(8)
+    made = make(builder, 8, 4)
+    product, nest = made.steps
+    other = KernelCall(LibraryCall("copy"), (flat(2, Const(8)), flat(4, Const(8))))
+    assert len(fuse(replace(made, steps=(product, other, nest)))) == 3
+
+
+def test_not_fused_where_another_reads_the_product_first():
+    builder, _ = silu_times(8)
+    made = make(builder, 8, 4)
+    product, nest = made.steps
+    other = KernelCall(LibraryCall("copy"), (flat(5, Const(8)), flat(1, Const(8))))
+    assert len(fuse(replace(made, steps=(product, other, nest)))) == 3
 
 
 def test_not_fused_where_the_nest_writes_what_the_product_reads():

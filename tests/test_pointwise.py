@@ -66,6 +66,7 @@ UNARY = {
     "log10": (np.log10, (1e-38, 3e38), 2),
     "log1p": (np.log1p, (-0.999, 1e30), 2),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), (-87, 100), 4),
+    "recip1p_exp2": (lambda x: 1 / (1 + np.exp2(x)), (-140, 125), 4),
     "tanh": (np.tanh, (-12, 12), 2),
     "sinh": (np.sinh, (-89, 89), 8),
     "cosh": (np.cosh, (-89, 89), 8),

@@ -10,6 +10,8 @@ BENCHMARKS = {
     "rtl": "The RTL against the simulator: bits, cycles, speed.",
     "resnet50": "ResNet-50, int8 and bf16: array utilisation, scaling to 64 x 64.",
     "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",
+    "bert": "BERT-base: inference.",
+    "train": "GPT-2 with 124 M parameters: a training step.",
 }
 
 

@@ -10,7 +10,8 @@ time, so placement is a search for little waiting:
 - Two tiles that different engines, or one command, touch through the same kind of bank port
   should lie in different banks; each pair has a weight, and placement takes the cheapest place.
 - Tiles in loops rotate over several buffers (`schedule.wanted_buffers`); when that does not fit,
-  the largest number is lowered first.
+  the largest number is lowered first. Before the last two become one, they move together, and
+  then all tiles do.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ ALIGNMENT = 64  # bytes: one DRAM atom, and a whole number of elements of every 
 # waits for the other's whole command), readers of different engines; and a reader that has to wait
 # for a matmul, the longest of commands.
 MATRIX_PAIR, VECTOR_PAIR, WRITERS, READERS, MATRIX_READER = 1000, 50, 20, 5, 200
+
+# Manners of placing: buffers of one tile in banks of their own, side by side, or everything without
+# a gap.
+SPREAD, CLOSE, PACKED = "spread", "close", "packed"
 
 
 @dataclass(frozen=True)
@@ -209,10 +214,12 @@ def _place_memory(
         if isinstance(statement, Reserve) and statement.tile in lives:
             least[statement.tile] = statement.minimum
     while True:
-        for share in (False, True):
+        for share, manner in ((False, SPREAD), (False, CLOSE), (False, PACKED), (True, SPREAD)):
             if share and buffers != least:
                 continue
-            found = _place(lives, buffers, weights, interval, bank, share)
+            if manner != SPREAD and buffers != least and max(buffers.values()) > 2:
+                continue  # a bank for each buffer is worth more than a third one
+            found = _place(lives, buffers, weights, interval, bank, share, manner)
             if found is not None:
                 return found
         spare = [tile for tile in lives if buffers[tile] > least[tile]]
@@ -229,14 +236,17 @@ def _place(
     interval: tuple[int, int],
     bank: int,
     share: bool,
+    manner: str,
 ) -> dict[Tile, Placement] | None:
+    """share: tiles of different engines may share bytes."""
     low, high = interval
     placed: dict[Tile, Placement] = {}
     order = sorted(lives, key=lambda t: (-buffers[t] * t.nbytes, lives[t].start))
     for tile in order:
         size = _round_up(max(tile.nbytes, 1), ALIGNMENT)
         stride = size
-        if weights[frozenset((tile,))] and buffers[tile] * _round_up(size, bank) <= high - low:
+        wide = buffers[tile] * _round_up(size, bank)
+        if manner == SPREAD and weights[frozenset((tile,))] and wide <= high - low:
             stride = _round_up(size, bank)
         total = (buffers[tile] - 1) * stride + size
         taken = sorted(
@@ -251,7 +261,9 @@ def _place(
             end = address + total
             if end > high or any(address < e and s < end for s, e in taken):
                 continue
-            cost = _bank_cost(tile, address, end, placed, weights, bank)
+            cost = 0
+            if manner != PACKED:
+                cost = _bank_cost(tile, address, end, placed, weights, bank)
             if best is None or cost < best[0]:
                 best = cost, address
         if best is None:

@@ -430,20 +430,24 @@ class TileBuiltins:
                 row_stride=value.tile.element_bytes,
             )  # fmt: skip
 
-    def do_finish_with(
-        self, epilogue: Epilogue, tensor: TensorHandle, i: Range, j: Range, x: Any
-    ) -> None:
-        """The rows i and columns j of a product, rounded to the tensor's dtype, go through the
-        epilogue."""
-        dtype = tensor.tensor.dtype
+    def do_finish_with(self, epilogue: Epilogue, window: Any, x: Any) -> None:
+        """A window of a product in row-major order, rounded to the tensor's dtype, goes through
+        the epilogue."""
+        window = self._window(window, "finish_with")
+        i, j, row_dim, _ = self._plan(window)
+        tensor = window.tensor.tensor
         if isinstance(x, TileValue):
             self.fill(x.tile)
-            if x.tile.dtype == dtype:
+            if x.tile.dtype == tensor.dtype and not epilogue.keep:
                 epilogue.emit(self.builder, x.tile, i, j)
                 return
-        product = self.builder.tile(dtype, i.block, j.block, name="product")
+        product = self.builder.tile(tensor.dtype, i.block, j.block, name="product")
         tree = tree_of(self.operand(x), x.shape)
         self.builder.elementwise(product, tree, i.size, j.size)
+        if epilogue.keep:
+            row_stride = ZERO if row_dim is None else window.tensor.stride(row_dim)
+            access = Access(tensor.name, self._offset(window), row_stride)
+            self.builder.store(access, product.view(), i.size, j.size)
         epilogue.emit(self.builder, product, i, j)
 
     # Matrix products -----------------------------------------------------------------------------

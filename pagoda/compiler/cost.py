@@ -49,14 +49,14 @@ SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at
 class EpilogueCost:
     """What a loop nest at the end of a product (`nest_epilogue`) does for each output tile:
     vector commands, their cycles per group of lanes, and per element bytes of tiles, of loads and
-    of stores.
+    of each store.
     """
 
     commands: int
     cycles: int
     tile_bytes: int
     loaded_bytes: int
-    stored_bytes: int
+    stored_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -308,11 +308,16 @@ def port_cycles(
 
 
 def _store_cycles(chip: Chip, shape: MatmulShape, m: int, n: int) -> int:
-    """A tile of sums, converted on its way unless a bias is added first."""
-    size = shape.output_bytes if shape.epilogue is None else shape.epilogue.stored_bytes
-    local_size = size if shape.bias or shape.epilogue else 4
-    lead = timing.store_lead(chip, 8 * size, 8 * local_size)
-    return lead + port_cycles(chip, m, n, shape.n, size, local_size)
+    """A tile of sums, converted on its way unless a bias is added first; or an epilogue's."""
+    if shape.epilogue is not None:
+        return sum(
+            timing.store_lead(chip, 8 * size, 8 * size)
+            + port_cycles(chip, m, n, shape.n, size, size)
+            for size in shape.epilogue.stored_bytes
+        )
+    local_size = shape.output_bytes if shape.bias else 4
+    lead = timing.store_lead(chip, 8 * shape.output_bytes, 8 * local_size)
+    return lead + port_cycles(chip, m, n, shape.n, shape.output_bytes, local_size)
 
 
 # Choice ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ smallest subnormal):
 
     2   exp log log10 log1p tanh acos atan, and the chip's own tables (exp2, log2, ...)
     3   expm1 sin cos asin erf
-    4   sigmoid tan pow atan2
+    4   sigmoid recip1p_exp2 tan pow atan2
     8   sinh cosh erfc
 
 sin, cos and tan subtract multiples of pi in three parts: up to |x| = 1e5 the error is within the
@@ -118,6 +118,11 @@ def log1p(keep: Keep, x: Tree) -> Tree:
 
 def sigmoid(keep: Keep, x: Tree) -> Tree:
     return f32("recip", f32("fadd", _exp(keep, x, -1.0), 1.0))
+
+
+def recip1p_exp2(keep: Keep, x: Tree) -> Tree:
+    """1 / (1 + 2^x)."""
+    return f32("recip", f32("fadd", f32("exp2", x), 1.0))
 
 
 _TANH = (
@@ -413,5 +418,5 @@ ELEMENTARY: dict[str, Callable[..., Tree]] = {
     "exp": exp, "expm1": expm1, "log": log, "log10": log10, "log1p": log1p, "pow": power,
     "sigmoid": sigmoid, "tanh": tanh, "sinh": sinh, "cosh": cosh, "sin": sin, "cos": cos,
     "tan": tan, "asin": asin, "acos": acos, "atan": atan, "atan2": atan2, "erf": erf,
-    "erfc": erfc,
+    "erfc": erfc, "recip1p_exp2": recip1p_exp2,
 }  # fmt: skip

@@ -33,7 +33,7 @@ the loop updates it in place: that is how values are carried.
                                                      dtype= in SRAM, buffers= to rotate over
     store(c[i, j], x)  add_to(c[i, j], x)            converted to the tensor's dtype
     acc = zeros(i, j)  acc += dot(x, y)              matrix product: k in order, from zero
-    finish_with(EPILOGUE, dtype, i, j, x)            a loop nest (`nest_epilogue`) done on tile x
+    finish_with(EPILOGUE, x[i, j], tile)             a loop nest (`nest_epilogue`) done on a tile
     where exp2 log2 recip rsqrt sqrt abs floor ceil trunc round sin2pi maximum minimum fma
     to(x, DType.BF16)  to_int(x)  to_float(x)        conversions
     max(x, axis)  min(x, axis)  sum(x, axis)         axis 1: along the row; one tile at once

@@ -67,7 +67,7 @@ POINTWISE: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("neg", "abs", "sign", "reciprocal", "sqrt", "rsqrt"), (1, "same")),
     **dict.fromkeys(("exp", "exp2", "expm1", "log", "log2", "log10", "log1p"), (1, "same")),
     **dict.fromkeys(("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh"), (1, "same")),
-    **dict.fromkeys(("tanh", "sigmoid", "erf", "erfc"), (1, "same")),
+    **dict.fromkeys(("tanh", "sigmoid", "erf", "erfc", "recip1p_exp2"), (1, "same")),
     **dict.fromkeys(("floor", "ceil", "trunc", "round", "bitwise_not"), (1, "same")),
     **dict.fromkeys(("isnan", "isinf", "signbit", "logical_not"), (1, "bool")),
     "fma": (3, "same"),

@@ -93,6 +93,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log10": np.log10, "log1p": np.log1p, "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
     "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "erf": _erf, "erfc": _erfc,
+    "recip1p_exp2": lambda x: 1 / (1 + np.exp2(x)),
     "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "round": np.round,
     "saturate": _saturate, "round_positive": _round_positive,
     "bitwise_not": np.invert, "isnan": np.isnan, "isinf": np.isinf, "signbit": np.signbit,

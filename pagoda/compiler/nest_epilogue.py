@@ -4,8 +4,8 @@
     for i, j:  y[i, j] = f(x[i, j], z[i, j])      to x's type, then f, and only y is stored
 
 The product's elements are the ones that would have been stored, so the results are the same bits
-with and without. What it saves: x never travels to DRAM and back, and the vector engine works on
-one tile while the matrix engine multiplies the next.
+with and without. What it saves: x never travels to DRAM and back (or, where others read it too,
+only there), and the vector engine works on one tile while the matrix engine multiplies the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pagoda.compiler.builder import KernelBuilder
 from pagoda.compiler.cost import EpilogueCost
 from pagoda.compiler.index_expr import Expr, Var
-from pagoda.compiler.loop_nest import Indirect, Load, LoopNest, Reduce, Store
+from pagoda.compiler.loop_nest import ITEMSIZE, Indirect, Load, LoopNest, Reduce, Store
 from pagoda.compiler.nest_frame import Frame, Value, storage
 from pagoda.compiler.nest_operations import Operations
 from pagoda.compiler.nest_plan import FULL, Plan
@@ -25,7 +25,6 @@ from pagoda.compiler.scalar import Int
 from pagoda.compiler.schedule import Vector, pack_elementwise, wanted_buffers
 from pagoda.compiler.tile_ir import Declare, Read, Tile, walk
 from pagoda.compiler.tile_ir import Load as TileLoad
-from pagoda.compiler.tile_ir import Store as TileStore
 from pagoda.compiler.values import Range
 from pagoda.isa.functions import FUNCTION_CODES, VECTOR_FUNCTIONS
 from pagoda.isa.numbers import DType
@@ -33,10 +32,12 @@ from pagoda.isa.numbers import DType
 
 @dataclass(frozen=True)
 class Epilogue:
-    """nest: of two dimensions, rows and columns of the product; param: the one that is it."""
+    """nest: of two dimensions, rows and columns of the product; param: the one that is it; keep:
+    the product is stored too."""
 
     nest: LoopNest
     param: int
+    keep: bool = False
 
     def names(self) -> tuple[str | None, ...]:
         """Tensor name per parameter of the nest; None for the product."""
@@ -67,9 +68,11 @@ class Epilogue:
                 operations.emit([number])
 
 
-def epilogue_of(nest: LoopNest, param: int, rows: Expr, cols: int) -> Epilogue | None:
+def epilogue_of(
+    nest: LoopNest, param: int, rows: Expr, cols: int, keep: bool = False
+) -> Epilogue | None:
     """The nest as the end of a product of rows x cols elements which its parameter `param` holds in
-    row-major order; None if it cannot be one. rows: in the nest's symbols."""
+    row-major order; None if it cannot be one. rows: in the nest's symbols. keep: see `Epilogue`."""
     if nest.reduced:
         return None
     small = as_rows(simplify(nest), cols)
@@ -95,7 +98,7 @@ def epilogue_of(nest: LoopNest, param: int, rows: Expr, cols: int) -> Epilogue |
     stored = {op.param for op in small.body if isinstance(op, Store)}
     if touched.get(param) != {here} or any(len(touched[p]) > 1 for p in stored):
         return None
-    return Epilogue(small, param)
+    return Epilogue(small, param, keep)
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +115,7 @@ def epilogue_cost(epilogue: Epilogue, dtype: DType, bias: bool = False) -> Epilo
         epilogue.emit(b, product, rows, cols)
     packed = pack_elementwise(b.build())
     buffers = wanted_buffers(packed)
-    commands, cycles, tiles, loaded, stored = int(rounds), int(rounds), 0, 0, 0
+    commands, cycles, tiles, loaded = int(rounds), int(rounds), 0, 0
     for statement in walk(packed.body):
         match statement:
             case Vector(f1=f1, f2=f2):
@@ -122,6 +125,7 @@ def epilogue_cost(epilogue: Epilogue, dtype: DType, bias: bool = False) -> Epilo
                 tiles += tile.element_bytes * min(buffers[tile], 2)
             case TileLoad(destination=v, source=source) if v.tile.rows == v.tile.cols == edge:
                 loaded += packed.tensor(source.tensor).dtype.bits // 8
-            case TileStore(destination=access, source=view) if view.tile.cols == edge:
-                stored += packed.tensor(access.tensor).dtype.bits // 8
-    return EpilogueCost(commands, cycles, tiles, loaded, stored)
+    nest = epilogue.nest
+    stored = [nest.params[op.param].dtype for op in nest.body if isinstance(op, Store)]
+    sizes = [ITEMSIZE[name] for name in stored] + [dtype.bits // 8] * epilogue.keep
+    return EpilogueCost(commands, cycles, tiles, loaded, tuple(sizes))

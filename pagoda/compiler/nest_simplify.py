@@ -3,8 +3,7 @@
 `simplify` returns an equal nest in which
 
 - a load that reads back what the nest stored at the same index is the stored value,
-- x / (1 + exp(-y)) is x * sigmoid(y): the quotient is no better than its exponential, and the
-  product takes half the time (error: `pointwise`),
+- what is a sigmoid in other words is a sigmoid (`nest_sigmoid`),
 - int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before;
   where it was rounded and the lower bound is not negative, `round_positive` does both (what int8
   becomes of NaN is the one thing that may differ),
@@ -28,7 +27,6 @@ from pagoda.compiler.index_expr import (
     FloorDiv,
     Mod,
     Mul,
-    Ref,
     Symbol,
     Var,
     product,
@@ -39,11 +37,12 @@ from pagoda.compiler.loop_nest import (
     IndexValue,
     Load,
     LoopNest,
-    Op,
     Pointwise,
     Reduce,
     Store,
 )
+from pagoda.compiler.nest_body import Body, with_body
+from pagoda.compiler.nest_sigmoid import recognise_sigmoids
 
 INT32_MAX = 2**31 - 1
 INT8_LIMITS = {"maximum": -128, "minimum": 127}
@@ -52,7 +51,7 @@ INT8_LIMITS = {"maximum": -128, "minimum": 127}
 def simplify(nest: LoopNest) -> LoopNest:
     """See the module's docstring."""
     nest = _forward_stores(nest)
-    nest = _recognise_sigmoid(nest)
+    nest = recognise_sigmoids(nest)
     nest = _recognise_saturation(nest)
     nest = _split_dimensions(nest)
     nest = _drop_single(nest)
@@ -74,54 +73,10 @@ def as_rows(nest: LoopNest, cols: int) -> LoopNest | None:
 # Rewriting bodies --------------------------------------------------------------------------------
 
 
-def substitute(op: Op, values: dict[int, int], atoms: dict[Expr, Expr | int]) -> Op:
-    """The operation with body values renumbered and atoms of its index expressions replaced."""
-    atoms = {**atoms, **{Ref(old): Ref(new) for old, new in values.items()}}
-    changed: dict[str, object] = {}
-    for field in fields(op):
-        old = getattr(op, field.name)
-        if isinstance(old, Expr):
-            changed[field.name] = old.substitute(atoms)
-        elif field.name == "operands":
-            changed["operands"] = tuple(values[o] for o in old)
-        elif field.name in ("value", "mask") and old is not None and not isinstance(op, Constant):
-            changed[field.name] = values[old]
-    return replace(op, **changed) if changed else op
-
-
-class _Body:
-    """A body being written; `values` maps numbers of the old body to those of the new one."""
-
-    def __init__(self) -> None:
-        self.ops: list[Op] = []
-        self.values: dict[int, int] = {}
-
-    def add(self, op: Op) -> int:
-        self.ops.append(op)
-        return len(self.ops) - 1
-
-    def copy(self, number: int, op: Op, atoms: dict[Expr, Expr | int] | None = None) -> None:
-        self.values[number] = self.add(substitute(op, self.values, atoms or {}))
-
-
-def _with_body(nest: LoopNest, body: _Body) -> LoopNest:
-    """The nest with this body, without what no store uses."""
-    alive = [isinstance(op, Store) for op in body.ops]
-    for number in range(len(body.ops) - 1, -1, -1):
-        if alive[number]:
-            for a in body.ops[number].args():
-                alive[a] = True
-    kept = _Body()
-    for number, op in enumerate(body.ops):
-        if alive[number]:
-            kept.copy(number, op)
-    return replace(nest, body=tuple(kept.ops))
-
-
 def _forward_stores(nest: LoopNest) -> LoopNest:
     """A load after a store to the same parameter must be of the same index: it is that value."""
     stored: dict[int, tuple[Expr, int]] = {}
-    body = _Body()
+    body = Body()
     for number, op in enumerate(nest.body):
         if isinstance(op, Load) and op.param in stored:
             index, value = stored[op.param]
@@ -138,44 +93,13 @@ def _forward_stores(nest: LoopNest) -> LoopNest:
         if isinstance(op, Store) and op.mode == "set":
             stored[op.param] = op.index, op.value
         body.copy(number, op)
-    return _with_body(nest, body)
-
-
-def _recognise_sigmoid(nest: LoopNest) -> LoopNest:
-    """x / (1 + exp(-y)) as x * sigmoid(y), the way silu arrives."""
-    body = _Body()
-    for number, op in enumerate(nest.body):
-        y = None
-        if isinstance(op, Pointwise) and op.name == "div" and op.dtype == "float32":
-            y = _sigmoid_argument(nest, op.operands[1])
-        if y is None:
-            body.copy(number, op)
-            continue
-        factor = body.add(Pointwise("sigmoid", (body.values[y],), op.dtype))
-        product = Pointwise("mul", (body.values[op.operands[0]], factor), op.dtype)
-        body.values[number] = body.add(product)
-    return _with_body(nest, body)
-
-
-def _sigmoid_argument(nest: LoopNest, denominator: int) -> int | None:
-    """y if the value is 1 + exp(-y), or None."""
-    total = nest.body[denominator]
-    if not isinstance(total, Pointwise) or total.name != "add":
-        return None
-    for one, power in (total.operands, total.operands[::-1]):
-        chain = nest.body[power]
-        if nest.body[one] != Constant(1.0, "float32") or not isinstance(chain, Pointwise):
-            continue
-        minus = nest.body[chain.operands[0]]
-        if chain.name == "exp" and isinstance(minus, Pointwise) and minus.name == "neg":
-            return minus.operands[0]
-    return None
+    return with_body(nest, body)
 
 
 def _recognise_saturation(nest: LoopNest) -> LoopNest:
     """int8(minimum(maximum(x, low), high)): the cast need not wrap what is in range, and bounds of
     -128 and 127 are what saturation does anyway."""
-    body = _Body()
+    body = Body()
     for number, op in enumerate(nest.body):
         found = _bounded(nest, op.value) if isinstance(op, Cast) and op.dtype == "int8" else None
         if found is None:
@@ -192,7 +116,7 @@ def _recognise_saturation(nest: LoopNest) -> LoopNest:
             if values[name] != INT8_LIMITS[name]:
                 value = body.add(Pointwise(name, (value, body.values[limit]), dtype))
         body.values[number] = body.add(Pointwise(function, (value,), "int8"))
-    return _with_body(nest, body)
+    return with_body(nest, body)
 
 
 def _bounded(nest: LoopNest, number: int) -> tuple[int, list[tuple[str, int]]] | None:
@@ -223,7 +147,7 @@ def _rewrite_arg_reductions(nest: LoopNest) -> LoopNest:
     position: Expr = Const(0)
     for d in range(len(nest.outer), len(nest.dims)):
         position = position * nest.dims[d] + Var(d)
-    body = _Body()
+    body = Body()
     for number, op in enumerate(nest.body):
         body.copy(number, op)
         new = body.ops[-1]
@@ -324,7 +248,7 @@ def _simplify_indices(nest: LoopNest) -> LoopNest:
 
 
 def _renumbered(nest: LoopNest, dims: list[Expr], reduced: int, atoms: dict) -> LoopNest:
-    body = _Body()
+    body = Body()
     for number, op in enumerate(nest.body):
         body.copy(number, op, atoms)
     changed = replace(nest, dims=tuple(dims), reduced=reduced, body=tuple(body.ops))

@@ -287,14 +287,14 @@ def _tile_cycles(
             matrix += steps * max(dot.occupancy + dot.tail, 2 * ISSUE_CYCLES)
             block = (n, plan.run * bk) if turned else (plan.run * bk, n)
             port += steps * port_cycles(chip, *block, depth, size)
-        stored, local = shape.output_bytes, shape.output_bytes if shape.bias else 4
+        sizes, local = (shape.output_bytes,), shape.output_bytes if shape.bias else 4
         if shape.epilogue is not None:
-            stored = local = shape.epilogue.stored_bytes
+            sizes, local = shape.epilogue.stored_bytes, None
             group = timing.vector(chip, m, n, 0, 0).occupancy
             vector += count * shape.epilogue.cycles * group
             if shape.epilogue.loaded_bytes:
                 port += count * port_cycles(chip, m, n, pitch, shape.epilogue.loaded_bytes)
-        store = port_cycles(chip, m, n, pitch, stored, local)
+        store = sum(port_cycles(chip, m, n, pitch, size, local) for size in sizes)
         port += count * store
     return max(matrix, vector), port, store
 

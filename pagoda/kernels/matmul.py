@@ -45,9 +45,9 @@ def matmul(
             w = load(b[g, k, j], buffers=BUFFERS)  # before a, which may wait for its maker
             acc += dot(load(a[g, i, k], buffers=BUFFERS), w)
         if EPILOGUE is not None and bias is not None:
-            finish_with(EPILOGUE, c, i, j, acc + load(bias[j]))
+            finish_with(EPILOGUE, c[g, i, j], acc + load(bias[j]))
         elif EPILOGUE is not None:
-            finish_with(EPILOGUE, c, i, j, acc)
+            finish_with(EPILOGUE, c[g, i, j], acc)
         elif bias is not None:
             store(c[g, i, j], acc + load(bias[j]))
         else:
@@ -69,9 +69,9 @@ def matmul_resident(
                 for k in tiles(a.size(2), BK):
                     acc += dot(x[:, k], load(b[g, k, j], buffers=AHEAD + 1))
                 if EPILOGUE is not None and bias is not None:
-                    finish_with(EPILOGUE, c, i, j, acc + load(bias[j]))
+                    finish_with(EPILOGUE, c[g, i, j], acc + load(bias[j]))
                 elif EPILOGUE is not None:
-                    finish_with(EPILOGUE, c, i, j, acc)
+                    finish_with(EPILOGUE, c[g, i, j], acc)
                 elif bias is not None:
                     store(c[g, i, j], acc + load(bias[j]))
                 else:
@@ -94,7 +94,8 @@ def build_matmul(
     a, b: both BF16 or both I8; strides None but for one contiguous dimension, sizes None where the
     call gives them. expected: (batch, m, n, k) to choose block sizes for; default: the fixed sizes,
     and 64 for each unknown one. plan: block sizes chosen elsewhere. Any plan gives the same bits.
-    epilogue: takes c's place, which is not written then; for a batch of one. Raises CompileError.
+    epilogue: takes c's place, which is written then only if the epilogue says so; for a batch of
+    one. Raises CompileError.
     """
     check_operands(chip, a.dtype)
     size = a.dtype.bits // 8

@@ -18,6 +18,7 @@ import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pagoda.compiler.region import Allocator, Executor
+from pagoda.pytorch import autocast
 from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 from pagoda.runtime import Device
@@ -279,7 +280,6 @@ def _register_operations() -> list[torch.library.Library]:
         return eager.run(op, args, kwargs)
 
     rest.fallback(torch._disable_dynamo(compute), "PrivateUse1")
-    rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     return [library, rest]
 
 
@@ -367,7 +367,7 @@ def _patch_printing() -> None:
 
 def _register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module("torch.pagoda"))
-    libraries = _register_operations()
+    libraries = _register_operations() + autocast.register()
     _patch_storage()
     _patch_module_apply()
     _patch_printing()

@@ -1,0 +1,33 @@
+"""`pagoda bench train`: a training step of GPT-2 on the simulated chip."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pagoda.cli.options import chip_option, json_option
+from pagoda.isa.chip import Chip
+
+BATCH, LENGTH = 1, 1024
+
+
+@click.command()
+@chip_option
+@click.option("--layers", type=click.IntRange(min=1), default=12, show_default=True)
+@json_option
+def train(chip: Chip, layers: int, as_json: bool) -> None:
+    """One step of GPT-2 (124 M parameters) with 1024 tokens: forward, backward, AdamW."""
+    from pagoda.train.figures import measure
+    from pagoda.train.gpt import GPTConfig
+
+    with Console(stderr=True).status("measuring two steps, and torch's"):
+        row = measure(chip, GPTConfig(layers=layers), BATCH, LENGTH)
+    table = Table(box=None, show_header=False)
+    for name, value in row.items():
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table)
+    if as_json:
+        click.echo(json.dumps(row))

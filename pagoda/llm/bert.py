@@ -1,0 +1,73 @@
+"""BERT on the chip: how well inference uses it, beside torch in float32 on the host."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertModel
+
+import pagoda
+from pagoda.isa.chip import Chip
+
+SEED = 0
+
+
+def inference_macs(config: BertConfig, batch: int, length: int) -> int:
+    """Multiply-adds of one forward pass: the products of the layers, attention's two, and the
+    pooler's one per sequence. Embeddings, norms and softmax count as nothing."""
+    width, inner, tokens = config.hidden_size, config.intermediate_size, batch * length
+    layer = tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens * length * width
+    return config.num_hidden_layers * layer + batch * width**2
+
+
+def _model(config: BertConfig) -> BertModel:
+    torch.manual_seed(SEED)
+    return BertModel(config).eval()
+
+
+def measure(
+    chip: Chip, batch: int, lengths: tuple[int, ...], config: BertConfig | None = None
+) -> dict[str, Any]:
+    """Forward passes of BERT-base (unless another is given) in bfloat16, weights random, one for
+    each length in tokens, the second of two each; and torch's of the same weights in float32."""
+    config = config or BertConfig(attn_implementation="sdpa")
+    device = pagoda.use_chip(chip)
+    model = _model(config).bfloat16().to("pagoda")
+    call = pagoda.compile(model)
+    reference = _model(config)
+    rows = []
+    for length in lengths:
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
+        with torch.no_grad():
+            here = ids.to("pagoda")
+            begun = time.perf_counter()
+            call(here)
+            first = time.perf_counter() - begun
+            begun = time.perf_counter()
+            with pagoda.profile() as profile:
+                found = call(here).last_hidden_state
+            ours = time.perf_counter() - begun
+            expected = reference(ids).last_hidden_state
+            begun = time.perf_counter()
+            reference(ids)
+            theirs = time.perf_counter() - begun
+        macs = inference_macs(config, batch, length)
+        error = (found.cpu().float() - expected).norm() / expected.norm()
+        rows.append(
+            {
+                "length": length,
+                "macs": macs,
+                "cycles": profile.cycles,
+                "utilisation": round(macs / (chip.macs_per_cycle * profile.cycles), 4),
+                "launches": profile.launches,
+                "relative_error": round(float(error), 4),
+                "first_s": round(first, 1),
+                "host_s": round(ours, 2),
+                "torch_host_s": round(theirs, 2),
+                "host_ratio": round(theirs / ours, 3),
+            }
+        )
+    return {"chip": device.chip.name, "dtype": "bfloat16", "batch": batch, "runs": rows}
