@@ -87,13 +87,13 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _host_compute(op, args, kwargs)
     if op in composed.REWRITTEN:
         return composed.REWRITTEN[op](*args, **kwargs)
-    if _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs):
+    if runs_on_host(op, args, kwargs):
         return _on_host(op, args, kwargs)
     if op is aten._index_put_impl_.default:  # what `index_put_` is on most devices
         op, args = aten.index_put_.default, args[:4]
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         args = (args[0], composed.positions(args[1]), *args[2:])
-    _require_types(op, args, kwargs)
+    require_types(op, args, kwargs)
     args = _tensors_for_numbers(op, args)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
@@ -147,7 +147,14 @@ _STORED_ONLY = {
 }  # fmt: skip
 
 
-def _require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def runs_on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether this is one of the operations that are allowed on the host."""
+    return _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs)
+
+
+def require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError, saying what to take instead, for types that can only be
+    stored."""
     for value in pytree.tree_leaves((args, kwargs)):
         on_host = isinstance(value, torch.Tensor) and value.device.type != device.NAME
         kind = value.dtype if isinstance(value, torch.Tensor) and not on_host else value
