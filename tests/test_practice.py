@@ -54,7 +54,8 @@ def net(place: str, **options: float) -> Net:
 
 def loss(model: nn.Module, tokens: torch.Tensor = TOKENS, how=None) -> torch.Tensor:
     tokens = tokens.to(next(model.parameters()).device)
-    return F.cross_entropy((how or model)(tokens).flatten(0, 1).float(), tokens.flatten())
+    logits = (model if how is None else how)(tokens)
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 
 def assert_same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
@@ -71,9 +72,6 @@ def train_both(train, tolerance: float = 1e-5, **options: float) -> None:
 
 
 # Optimizers --------------------------------------------------------------------------------------
-
-_SLOW = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -104,7 +102,9 @@ _SLOW = pytest.mark.slow
 )
 def test_optimizers(name, options):
     def train(model):
-        optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-2, **options)
+        on_device = next(model.parameters()).device.type == P
+        given = options if on_device else {n: v for n, v in options.items() if n != "capturable"}
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-2, **given)
         for _ in range(3):
             optimizer.zero_grad()
             loss(model).backward()
@@ -257,7 +257,7 @@ def test_activation_checkpointing(compiled, reentrant):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_dropout_is_the_same_when_recomputed(compiled):
     """y = sum over kept x_i^2 / (1 - p): its gradient tells which were kept in backward."""
-    x = torch.rand(300, device=P).add(1).requires_grad_()
+    x = torch.rand(300).add(1).to(P).requires_grad_()
     kept = []
 
     def middle(x):

@@ -91,6 +91,8 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _on_host(op, args, kwargs)
     if op is aten._index_put_impl_.default:  # what `index_put_` is on most devices
         op, args = aten.index_put_.default, args[:4]
+    if op is aten.index_put_.default and composed.fills_mask(args):
+        return composed.fill_mask_(*args[:3])
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         args = (args[0], composed.positions(args[1]), *args[2:])
     require_types(op, args, kwargs)
