@@ -6,6 +6,7 @@
     with pagoda.profile() as p:
         compiled(...)
     print(p)
+    print(pagoda.coverage(model, inputs))  # which operations it has and how each runs
 
 Importing this module loads nothing else: each storey is a folder of its own and is imported by
 whoever needs it (`docs/reading.md` lists them from the ground up). Only if torch is there already,
@@ -52,6 +53,14 @@ def profile() -> AbstractContextManager[Any]:
     from pagoda.pytorch.chip import profile
 
     return profile()
+
+
+def coverage(model: Any, inputs: Any, **options: Any) -> Any:
+    """Which operations a model has and how each runs on the device, without running it; see
+    `pagoda.pytorch.coverage.coverage`."""
+    from pagoda.pytorch.coverage import coverage
+
+    return coverage(model, inputs, **options)
 
 
 def autoload() -> None:

@@ -10,11 +10,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 import pagoda
 import pagoda.pytorch.inductor
-from pagoda.pytorch import call, device
+from pagoda.pytorch import call, device, eager
 
 P = "pagoda"
 
@@ -305,3 +306,15 @@ def test_transposed_in_three_dimensions_is_refused():
         "a transposed convolution in 3 dimensions has no kernel, only those in one and two. Write "
         "it as a sum of those."
     ) in str(error.value)
+
+
+def test_cached_versions_serve_only_the_sizes_they_have_fixed():
+    """The second round finds the graphs of the first in torch's caches, keyed by symbols alone."""
+    with fresh_cache():
+        for _ in range(2):
+            eager._operations.clear()
+            for channels, outputs in ((2, 8), (8, 3), (3, 12)):
+                x, w = torch.randn(1, channels, 4, 4), torch.randn(outputs, channels, 1, 1)
+                torch.testing.assert_close(
+                    F.conv2d(x.to(P), w.to(P)).cpu(), F.conv2d(x, w), rtol=1e-5, atol=1e-5
+                )

@@ -215,8 +215,8 @@ class TensorInput:
 
 @dataclass(frozen=True)
 class IntInput:
-    """An argument that is a Python integer and becomes the symbol `name`. An unnamed one is
-    ignored."""
+    """An argument that is a Python integer and becomes the symbol `name`. An unnamed one does not;
+    symbols may still be read from it."""
 
     name: str | None
 

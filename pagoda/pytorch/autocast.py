@@ -17,11 +17,12 @@ _BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
 # In the type of the region (bfloat16).
 LOWER = [
-    "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input",
+    "_convolution", "conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding",
+    "conv3d.padding", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input",
     "conv_transpose3d.input", "convolution", "prelu", "addmm", "addmv", "addr", "matmul",
     "einsum", "mm", "mv", "linalg_vecdot", "linear", "addbmm", "baddbmm", "bmm", "chain_matmul",
-    "linalg_multi_dot", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
-    "scaled_dot_product_attention",
+    "linalg_multi_dot", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "lstm_cell",
+    "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "scaled_dot_product_attention",
 ]  # fmt: skip
 
 # In float32.
@@ -34,7 +35,11 @@ FLOAT32 = [
     "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss",
     "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss", "triplet_margin_loss",
     "multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm",
-    "logsumexp",
+    "logsumexp", "norm.Scalar", "norm.ScalarOpt_dim",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
 ]  # fmt: skip
 
 # In float32, unless the call names a type.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
-from pagoda.pytorch import losses, pooling, resampling
+from pagoda.pytorch import losses, optimizers, pooling, resampling
 
 aten = torch.ops.aten
 
@@ -71,6 +71,7 @@ REWRITTEN: dict[Any, Callable] = {
     aten.equal.default: _equal,
     aten.masked_select.default: _masked_select,
     aten.masked_scatter_.default: _masked_scatter_,
+    **optimizers.FUSED,
 }
 
 
@@ -82,6 +83,24 @@ def positions(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | Non
         masked = index is not None and index.dtype in (torch.bool, torch.uint8)
         found += index.nonzero().unbind(1) if masked else [index]
     return found
+
+
+def fills_mask(args: tuple) -> bool:
+    """Whether these arguments of `index_put_` are x[mask] = number."""
+    _, indices, value, *accumulate = args
+    masks = [index for index in indices if index is not None]
+    return (
+        len(masks) == len(indices) == 1
+        and masks[0].dtype == torch.bool
+        and value.numel() == 1
+        and not any(accumulate)
+    )
+
+
+def fill_mask_(x: torch.Tensor, indices: Sequence[torch.Tensor], value: torch.Tensor) -> Any:
+    (mask,) = indices
+    mask = mask.view(*mask.shape, *[1] * (x.dim() - mask.dim()))
+    return x.masked_fill_(mask, value.reshape(()))
 
 
 def _lstm_cell(

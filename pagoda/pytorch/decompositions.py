@@ -74,6 +74,16 @@ def _uniform(
     return torch.rand_like(x) * (high - low) + low
 
 
+def _weight_norm_backward(
+    grad: torch.Tensor, v: torch.Tensor, g: torch.Tensor, norms: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of w = v g / |v|, the norm taken over all dimensions but `dim`."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    along = (grad * v).sum(others, keepdim=True)
+    norms = norms.view(g.shape)
+    return g / norms * (grad - v * (along / norms.square())), along / norms
+
+
 # torch's own decompositions that Inductor leaves out because other backends have kernels for them.
 _MORE = [
     aten.upsample_bilinear2d.default,
@@ -119,6 +129,7 @@ _OURS: dict[Any, Callable] = {
     **{op: scatters.narrowed(op, _inductors(op))
        for op in (aten.index_put.default, aten.scatter_add.default)},
     aten.uniform.default: _uniform,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten.logspace.default: _logspace,
     aten.hardshrink_backward.default: _hardshrink_backward,
     aten.softshrink_backward.default: _hardshrink_backward,

@@ -320,7 +320,8 @@ def _patch_storage() -> None:
 
 
 def _patch_module_apply() -> None:
-    """`Module.to` moves a parameter that several modules share once, and keeps it shared.
+    """`Module.to` and `Module.cpu` move a parameter that several modules share once, and keep it
+    shared.
 
     torch makes a new Parameter per owner when the device changes the tensor type, which would
     store tied weights twice and train them apart.
@@ -346,8 +347,7 @@ def _patch_module_apply() -> None:
         apply(self, once, recurse)
         for (first, name), *others in owners.values():
             for module, other in others:
-                if first._parameters[name].device.type == NAME:
-                    module._parameters[other] = first._parameters[name]
+                module._parameters[other] = first._parameters[name]
         return self
 
     torch.nn.Module._apply = _apply

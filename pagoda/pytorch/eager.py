@@ -87,13 +87,15 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _host_compute(op, args, kwargs)
     if op in composed.REWRITTEN:
         return composed.REWRITTEN[op](*args, **kwargs)
-    if _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs):
+    if runs_on_host(op, args, kwargs):
         return _on_host(op, args, kwargs)
     if op is aten._index_put_impl_.default:  # what `index_put_` is on most devices
         op, args = aten.index_put_.default, args[:4]
+    if op is aten.index_put_.default and composed.fills_mask(args):
+        return composed.fill_mask_(*args[:3])
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         args = (args[0], composed.positions(args[1]), *args[2:])
-    _require_types(op, args, kwargs)
+    require_types(op, args, kwargs)
     args = _tensors_for_numbers(op, args)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
@@ -147,7 +149,14 @@ _STORED_ONLY = {
 }  # fmt: skip
 
 
-def _require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def runs_on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether this is one of the operations that are allowed on the host."""
+    return _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs)
+
+
+def require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError, saying what to take instead, for types that can only be
+    stored."""
     for value in pytree.tree_leaves((args, kwargs)):
         on_host = isinstance(value, torch.Tensor) and value.device.type != device.NAME
         kind = value.dtype if isinstance(value, torch.Tensor) and not on_host else value
@@ -352,6 +361,9 @@ def _compile(
         values[k] = graph.placeholder(f"a{number}")
         values[k].meta["val"] = fake
         fakes.append(fake)
+    sizes = _symbols(fakes)
+    for number, (_, size) in enumerate(sizes):
+        graph.placeholder(f"s{number}").meta["val"] = size
     for k, first in twins.items():
         values[k] = values[first]
     args, kwargs = pytree.tree_unflatten(values, spec)
@@ -360,7 +372,7 @@ def _compile(
     module = torch.fx.GraphModule({}, graph)
     try:
         with torch.no_grad(), tracing(TracingContext(mode)):
-            function = compile_graph(module, fakes)
+            function = compile_graph(module, [*fakes, *(size for _, size in sizes)])
     except Exception as error:
         raise NotImplementedError(_explain(op, error)) from error
     conditions = guards.expression(shapes, fakes, ignore_static=False)
@@ -376,8 +388,9 @@ def _compile(
         )
 
     def call(arguments: list[Any]) -> Any:
+        given = traced(arguments)
         with torch.no_grad():
-            return function(*traced(arguments))
+            return function(*given, *(read(given) for read, _ in sizes))
 
     return _Compiled(call, guard, bool(dynamic))
 
@@ -395,6 +408,27 @@ def _fake(mode: Any, shapes: ShapeEnv, value: Any, number: int, dynamic: frozens
         value, source, DimDynamic.DYNAMIC, positive=None, do_not_specialize_zero_one=True
     )
     return shapes.create_symintnode(symbol, hint=value, source=source)
+
+
+def _symbols(fakes: list[Any]) -> list[tuple[Callable[[list[Any]], int], torch.SymInt]]:
+    """Every symbolic size, stride and offset of the arguments, with how to read its value.
+
+    They are arguments of the graph too: torch's caches of compiled graphs keep conditions on
+    arguments that are integers, and on nothing else."""
+    found: dict[Any, tuple[Callable[[list[Any]], int], torch.SymInt]] = {}
+
+    def note(value: Any, read: Callable[[list[Any]], int]) -> None:
+        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            found.setdefault(value.node.expr, (read, value))
+
+    for number, fake in enumerate(fakes):
+        if not isinstance(fake, torch.Tensor):
+            continue
+        for d in range(fake.dim()):
+            note(fake.shape[d], lambda given, n=number, d=d: given[n].shape[d])
+            note(fake.stride(d), lambda given, n=number, d=d: given[n].stride(d))
+        note(fake.storage_offset(), lambda given, n=number: given[n].storage_offset())
+    return list(found.values())
 
 
 def _parts(graph: torch.fx.Graph, op: Any, result: torch.fx.Node) -> tuple:

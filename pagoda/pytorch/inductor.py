@@ -17,7 +17,7 @@ from torch._inductor.codegen.common import (
 )
 from torch._inductor.compile_fx import compile_fx
 
-from pagoda.pytorch import decompositions, device, eager, guards, layouts, qdq
+from pagoda.pytorch import decompositions, device, eager, guards, layouts, optimizers, qdq
 from pagoda.pytorch.graph_pass import BiasPass, GraphPass
 from pagoda.pytorch.scheduling import PagodaScheduling
 from pagoda.pytorch.wrapper import RegionWrapper
@@ -176,6 +176,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 def _register() -> None:
     guards.mend()
     layouts.register()
+    optimizers.register()
     register_interface_for_device(device.NAME, _Interface)
     register_device_op_overrides(device.NAME, _Overrides())
     register_backend_for_device(device.NAME, PagodaScheduling, RegionWrapper, None, RegionWrapper)

@@ -18,12 +18,13 @@ import torch
 from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.utils import sympy_subs
 from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import FloatTrueDiv, Identity, IntTrueDiv, ToFloat
 
 from pagoda.compiler.index_expr import Expr
 from pagoda.compiler.loop_nest import LOW_PRECISION, POINTWISE, Builder
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.philox import Philox
-from pagoda.pytorch.symbolic import dtype_name, to_expr
+from pagoda.pytorch.symbolic import FLOAT_FUNCTIONS, dtype_name, to_expr
 
 # Inductor's name -> ours, where they differ.
 _RENAMED = {
@@ -168,7 +169,31 @@ class NestHandler(DefaultHandler):
         return Value(self.builder.pointwise("add", first, drawn))
 
     def index_expr(self, index: sympy.Expr, dtype: torch.dtype) -> Value:
-        return Value(self.builder.index(self.expression(index), dtype_name(dtype)))
+        index = sympy.sympify(index)
+        name = dtype_name(dtype)
+        if index.has(*FLOAT_FUNCTIONS):
+            return Value(self.builder.cast(self._float_expression(index), name))
+        return Value(self.builder.index(self.expression(index), name))
+
+    def _float_expression(self, value: sympy.Expr) -> int:
+        """Sizes in float32 arithmetic, such as the n / (n - 1) of a variance."""
+        b = self.builder
+        if isinstance(value, (sympy.Float, sympy.Rational)):
+            return b.constant(float(value), "float32")
+        if not value.has(*FLOAT_FUNCTIONS, sympy.Float):
+            return b.index(self.expression(value), "float32")
+        names = {sympy.Add: "add", sympy.Mul: "mul", IntTrueDiv: "div", FloatTrueDiv: "div"}
+        first, *others = (self._float_expression(arg) for arg in value.args)
+        if isinstance(value, (ToFloat, Identity)):
+            return first
+        if value.func not in names:
+            raise Unsupported(
+                f"size expression {value}: {value.func.__name__} has no counterpart in float32. "
+                "Make the size static, for example with torch.compile(dynamic=False)."
+            )
+        for other in others:
+            first = b.pointwise(names[value.func], first, other)
+        return first
 
     def constant(self, value: Any, dtype: torch.dtype) -> Value:
         return Value(self.builder.constant(value, dtype_name(dtype)))

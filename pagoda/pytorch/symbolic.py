@@ -9,10 +9,13 @@ import torch
 from torch.utils._sympy.functions import (
     CeilDiv,
     CleanDiv,
+    FloatTrueDiv,
     FloorDiv,
     Identity,
+    IntTrueDiv,
     ModularIndexing,
     PythonMod,
+    ToFloat,
 )
 from torch.utils._sympy.functions import Max as TorchMax
 from torch.utils._sympy.functions import Min as TorchMin
@@ -21,6 +24,7 @@ from torch.utils._sympy.functions import Mod as TorchMod
 from pagoda.compiler.index_expr import Const, Expr, Symbol, ceildiv, maximum, minimum, product
 from pagoda.compiler.loop_nest import ITEMSIZE
 
+FLOAT_FUNCTIONS = (FloatTrueDiv, IntTrueDiv, ToFloat)  # of sizes, with float results
 _NAMES = {getattr(torch, name): name for name in ITEMSIZE}
 
 

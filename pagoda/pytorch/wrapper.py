@@ -180,15 +180,17 @@ class _RegionBuilder:
             elif isinstance(node, sympy.Symbol):
                 self._symbol(node, node, "int", number, 0)
                 inputs.append(IntInput(node.name))
-            elif node is None or isinstance(node, (int, sympy.Integer)):
-                inputs.append(IntInput(None))
+            elif node is None or isinstance(node, (int, sympy.Expr)):
+                inputs.append(IntInput(None))  # a symbol in it is solved for below
             else:
                 raise Unsupported(
                     f"argument {number} of the graph is a {type(node).__name__}; device pagoda "
                     "takes tensors and integers. Pass it as a tensor."
                 )
         for number, node in enumerate(self.wrapper.get_graph_inputs().values()):
-            if isinstance(node, ir.TensorBox):
+            if isinstance(node, sympy.Expr):
+                self._solve(node, "int", number, 0)
+            elif isinstance(node, ir.TensorBox):
                 for dim, size in enumerate(node.get_size()):
                     self._solve(size, "size", number, dim)
                 for dim, stride in enumerate(node.get_stride()):
