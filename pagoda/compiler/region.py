@@ -175,15 +175,35 @@ class View:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in the user's model a step comes from. layers: paths of modules, as in a state dict;
+    lines: of the source, as text. Both in the graph's order; of a product's step its own first."""
+
+    layers: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+
+    def __add__(self, other: Place) -> Place:
+        return Place(
+            tuple(dict.fromkeys((*self.layers, *other.layers))),
+            tuple(dict.fromkeys((*self.lines, *other.lines))),
+        )
+
+
+NOWHERE = Place()
+
+
+@dataclass(frozen=True)
 class KernelCall:
     """One step. `args`: a view per parameter of the loop nest, or per library argument (None for an
     absent optional one). `symbols`: a value per symbol of the loop nest, over the region's symbols.
-    `origin`: the torch operations it came from, for messages and profiles."""
+    `origin`: the torch operations it came from, `place`: where these stand in the user's model; for
+    messages and profiles."""
 
     kernel: LoopNest | LibraryCall
     args: tuple[View | None, ...]
     symbols: tuple[Expr, ...] = ()
     origin: str = ""
+    place: Place = NOWHERE
 
     def writes(self) -> tuple[int, ...]:
         """Buffers this step writes."""

@@ -13,7 +13,7 @@ from math import prod
 from pagoda.compiler.index_expr import Const, Expr, Symbol
 from pagoda.compiler.loop_nest import LoopNest
 from pagoda.compiler.nest_epilogue import Epilogue, epilogue_of
-from pagoda.compiler.region import KernelCall, LibraryCall, Region, View
+from pagoda.compiler.region import KernelCall, LibraryCall, Place, Region, View
 
 PRODUCTS = ("mm", "addmm", "convolution")
 
@@ -29,6 +29,18 @@ class FusedCall:
     @property
     def origin(self) -> str:
         return ", ".join(dict.fromkeys(filter(None, (self.product.origin, self.follower.origin))))
+
+    @property
+    def place(self) -> Place:
+        return self.product.place + self.follower.place
+
+    def writes(self) -> tuple[int, ...]:
+        return self.follower.writes()
+
+    def reads(self) -> tuple[int, ...]:
+        made = self.product.writes()
+        read = (*self.product.reads(), *self.follower.reads())
+        return tuple(buffer for buffer in read if buffer not in made)
 
     def views(self) -> dict[str, View]:
         """The follower's views by the epilogue's tensor names."""

@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from pagoda.compiler.region import NOWHERE, Place
 from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Program, Result, Slot
 from pagoda.runtime.errors import DeviceFault
 from pagoda.runtime.memory import Allocator
@@ -19,8 +21,12 @@ _SLOT_FAULTS = (FaultKind.OUT_OF_SLOT, FaultKind.GATHER_INDEX, FaultKind.NO_PERM
 TensorNamer = Callable[[int, int], str | None]
 
 
-# One entry of a launch's call list: the kernel's name, and what it came from.
-KernelCall = tuple[str, str]
+class KernelCall(NamedTuple):
+    """One entry of a launch's call list: the kernel's name, and what it came from."""
+
+    kernel: str
+    origin: str = ""
+    place: Place = NOWHERE
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pagoda.compiler.link import argument_positions, launch_arguments, pack_reco
 from pagoda.compiler.region import TensorArg
 from pagoda.isa import Slot
 from pagoda.isa.program import MAX_SLOT_BYTES
-from pagoda.runtime.device import Device
+from pagoda.runtime.device import Device, KernelCall
 from pagoda.runtime.plan import plan_arena
 
 _CALL_LIST_SLOT = 0
@@ -35,7 +35,9 @@ class _CallList:
 
     def __init__(self, device: Device, launch: PlannedLaunch) -> None:
         self.program = launch.program
-        self.calls = tuple((call.kernel, call.origin) for call in launch.calls)
+        self.calls = tuple(
+            KernelCall(call.kernel, call.origin, call.place) for call in launch.calls
+        )
         blank = [(call.entry, [0] * len(call.words)) for call in launch.calls]
         self._words = pack_records(blank)
         self.arguments = launch_arguments(_CALL_LIST_SLOT, 0, blank)
