@@ -34,6 +34,7 @@ OWNERS = {
     "transformers": "pytorch llm",
     "safetensors": "pytorch llm",
     "gguf": "llm",
+    "onnx": "pytorch",
     "tokenizers": "llm",
     "jinja2": "llm",
     "click": "cli",

@@ -406,6 +406,6 @@ class _RegionBuilder:
         views = [None if arg is None else self.view(arg) for arg in inputs]
         exact = all(view is None or view.dtype != "float32" for view in views)
         call = LibraryCall(name, attributes, "highest" if exact else matmul_precision())
-        own = [] if node.origin_node is None else [node.origin_node]
-        found = place([*own, *operations(node)])
+        own = node.origin_node
+        found = place(operations(node) if own is None else [own])
         self.steps.append(KernelCall(call, (*outs, *views), origin=name, place=found))
