@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pagoda.compiler.region import Place
 from pagoda.isa.chip import Chip
 from pagoda.isa.machine import ENGINES
 from pagoda.isa.program import Program
@@ -89,6 +90,7 @@ class Profile:
         self.chip = chip
         self.launches = 0
         self.cycles = 0
+        self.layer = ""  # whose launches come now, where kernel calls do not know
         self._sums: dict[KernelCall, _Sums] = {}
 
     def add(self, record: LaunchRecord) -> None:
@@ -115,7 +117,10 @@ class Profile:
         outside.cycles += total - int(cycles.sum())
         _add(outside, 0, counts, busy, stalls)
         for position, call in enumerate(calls):
-            sums = self._sums.setdefault(KernelCall(*call), _Sums())
+            call = KernelCall(*call)
+            if self.layer and not call.place.layers:
+                call = call._replace(place=Place((self.layer,), call.place.lines))
+            sums = self._sums.setdefault(call, _Sums())
             sums.calls += 1
             sums.cycles += int(cycles[position])
             _add(sums, position + 1, counts, busy, stalls)
