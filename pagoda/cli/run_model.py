@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -95,16 +96,21 @@ def _report(figures: dict) -> None:
     how = "operation by operation" if figures["eager"] else "compiled"
     click.echo(f"{figures['model']} on {figures['chip']}, {how}, seed {figures['seed']}")
     table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
-    table.add_column("layer", overflow="fold")
+    common = _common([row["layer"] for row in figures["layers"] if row["shape"] is not None])
+    table.add_column(f"layer, in {common[:-1]}" if common else "layer", overflow="fold")
     table.add_column("operation", overflow="fold")
     for heading in ("shape", "cycles", "share", "util.", "DRAM bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["layers"]:
-        shape = "" if row["shape"] is None else "x".join(map(str, row["shape"]))
         table.add_row(
-            row["layer"], row["operation"], shape, f"{row['cycles']:,}", f"{row['share']:.1%}",
-            f"{row['utilisation']:.1%}" if row["macs"] else "", f"{row['dram_bytes']:,}",
-        )  # fmt: skip
+            row["layer"].removeprefix(common),
+            row["operation"],
+            "x".join(map(str, row["shape"] or ())),
+            f"{row['cycles']:,}",
+            f"{row['share']:.1%}",
+            f"{row['utilisation']:.1%}" if row["macs"] else "",
+            f"{row['dram_bytes']:,}",
+        )
     table.add_row(
         "sum", "", "", f"{figures['cycles']:,}", "100.0%", f"{figures['utilisation']:.1%}",
         f"{figures['dram_bytes']:,}", style="bold",
@@ -121,3 +127,9 @@ def _report(figures: dict) -> None:
         )
     fallbacks = ", ".join(f"{op} ({n})" for op, n in figures["fallbacks"].items())
     click.echo(f"CPU fallbacks: {fallbacks or 0}")
+
+
+def _common(layers: list[str]) -> str:
+    """The modules that all layers are in, with a dot at the end: "model.encoder."."""
+    *folders, _ = os.path.commonprefix([layer.split(".")[:-1] + [""] for layer in layers]) or [""]
+    return "".join(f"{folder}." for folder in folders)

@@ -19,6 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from pagoda.compiler.region import Allocator, Executor
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
+from pagoda.runtime.memory import OutOfDeviceMemory
 
 aten = torch.ops.aten
 NAME = "pagoda"
@@ -160,6 +161,10 @@ def _contiguous_strides(size: Sequence[int]) -> list[int]:
     return strides
 
 
+def _describe(dtype: torch.dtype, size: Sequence[int]) -> str:
+    return f"a {str(dtype).removeprefix('torch.')} tensor of shape {list(map(int, size))}"
+
+
 def _as_strided(t: torch.Tensor, size, stride, storage_offset=None) -> torch.Tensor:
     return aten.as_strided.default.redispatch(_CPU, t, size, stride, storage_offset)
 
@@ -181,7 +186,10 @@ def empty_strided(
     count = 0
     if all(size):
         count = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    memory = device_bytes(count * dtype.itemsize, _allocator())
+    try:
+        memory = device_bytes(count * dtype.itemsize, _allocator())
+    except OutOfDeviceMemory as error:
+        raise OutOfDeviceMemory(f"{_describe(dtype, size)}: {error}") from None
     return _as_strided(aten.view.dtype.redispatch(_CPU, memory, dtype), size, stride, 0)
 
 
@@ -311,6 +319,17 @@ def _patch_storage() -> None:
     torch.UntypedStorage.pagoda = _pagoda
 
 
+def _named(module: torch.nn.Module, tensor: torch.Tensor) -> str:
+    """"parameter 'fc.weight', ": which tensor of the module it is."""
+    for kind, members in (
+        ("parameter", module.named_parameters()), ("buffer", module.named_buffers()),
+    ):  # fmt: skip
+        for name, member in members:
+            if member is tensor:
+                return f"{kind} {name!r}, "
+    return ""
+
+
 def _patch_module_apply() -> None:
     """`Module.to` moves a parameter that several modules share once, and keeps it shared.
 
@@ -326,7 +345,10 @@ def _patch_module_apply() -> None:
 
         def once(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) not in moved:
-                moved[id(tensor)] = (tensor, fn(tensor))
+                try:
+                    moved[id(tensor)] = (tensor, fn(tensor))
+                except OutOfDeviceMemory as error:
+                    raise OutOfDeviceMemory(f"{_named(self, tensor)}{error}") from None
             return moved[id(tensor)][1]
 
         once._moves_once = True  # type: ignore[attr-defined]

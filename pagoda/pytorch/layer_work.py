@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
+
+from pagoda.pytorch.shape_mode import shapes_only
 
 
 @dataclass
@@ -41,13 +43,13 @@ def _counted(
     for path, inner in module.named_modules():
         found.kinds[path] = getattr(inner, "kind", type(inner).__name__)
     counter = FlopCounterMode(display=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _results(module, found), _plain_operations(), torch.no_grad():
         if fake:
             args, kwargs = pytree.tree_map_only(
                 torch.Tensor, mode.from_tensor, (tuple(args), dict(kwargs))
             )
-        with mode, counter:
+        with shapes_only(mode) if fake else nullcontext(), counter:
             module(*args, **kwargs)
     totals = {
         _path(name): sum(counts.values()) // 2

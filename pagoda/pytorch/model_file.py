@@ -35,13 +35,14 @@ _INDEX_LIMIT = 2  # random integers are 0 or 1: indices that any table has
 @dataclass
 class ModelFile:
     """A module on the CPU, in evaluation mode, and the arguments of one call. expected: tensors
-    that the result must equal; outputs: the results' names, where the file has some."""
+    that the result must equal. inputs, outputs: names of args and results, where it has some."""
 
     path: Path
     module: torch.nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     expected: Any = None
+    inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
 
@@ -99,7 +100,7 @@ def read_arrays(given: Sequence[str]) -> dict[str, np.ndarray]:
             raise ModelFileError(f"--input {one}: no such file; check the path") from error
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ModelFileError(
-                f"--input {one}: is not a file of numpy arrays ({error}); write it with "
+                f"--input {one}: is not a file of numpy arrays; write it with "
                 "numpy.savez or numpy.save"
             ) from error
     return found
@@ -124,7 +125,9 @@ def _load_onnx(path: Path, arrays: Mapping[str, np.ndarray], dims: Mapping[str, 
                 f"{_name(tensor.dtype)}; convert it: array.astype({_name(dtype)!r})"
             )
         args.append(tensor)
-    return ModelFile(path, model.module, tuple(args), outputs=model.outputs)
+    return ModelFile(
+        path, model.module, tuple(args), inputs=tuple(model.shapes), outputs=model.outputs
+    )
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -230,7 +233,8 @@ def _told(path: Path) -> Iterator[None]:
             f"{error.filename}, line {error.lineno}: is not Python: {error.msg}: {code}"
         ) from error
     except Exception as error:
-        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         where = f"{path}, line {own[-1].lineno}" if own else str(path)
         code = f" at `{own[-1].line}`" if own and own[-1].line else ""
         raise ModelFileError(
@@ -239,20 +243,25 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _require_no_float64(found: ModelFile) -> None:
+    inputs = [*zip(found.inputs or range(len(found.args)), found.args, strict=False)]
     named = {
         **{f"parameter {n!r}": t for n, t in found.module.named_parameters()},
         **{f"buffer {n!r}": t for n, t in found.module.named_buffers()},
-        **{f"input {n}": t for n, t in enumerate(pytree.tree_leaves(found.args))},
-        **{f"input {n!r}": t for n, t in found.kwargs.items()},
+        **{f"input {n!r}": t for n, t in (*inputs, *found.kwargs.items())},
     }
-    double = [n for n, t in named.items()
-              if isinstance(t, torch.Tensor) and t.dtype == torch.float64]  # fmt: skip
+    double = [name for name, value in named.items() if _is_float64(value)]
     if double:
-        more = f" and {len(double) - 1} more" if len(double) > 1 else ""
+        more = f" (and {len(double) - 1} more)" if len(double) > 1 else ""
+        remedy = "convert model and inputs to float32: model.float(), x.float()"
+        if found.path.suffix == ".onnx":
+            remedy = "export the model in float32"
         raise ModelFileError(
-            f"{found.path}: {double[0]}{more} are float64, with which the chip does not compute; "
-            "convert the model and its inputs to float32: model.float(), x.float()"
-            if more else
-            f"{found.path}: {double[0]} is float64, with which the chip does not compute; convert "
-            "the model and its inputs to float32: model.float(), x.float()"
-        )  # fmt: skip
+            f"{found.path}: {double[0]}{more} is float64, which the chip stores but cannot compute "
+            f"with; {remedy}"
+        )
+
+
+def _is_float64(value: Any) -> bool:
+    return any(
+        isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in pytree.tree_leaves(value)
+    )

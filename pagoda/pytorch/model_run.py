@@ -173,19 +173,24 @@ def _layers_named(module: torch.nn.Module, found: Profile) -> Iterator[None]:
 
 
 def _rows(found: Profile, work: LayerWork, chip: Chip) -> list[LayerRow]:
-    """In the order of the model. Work of a layer without kernels of its own belongs to the row that
-    computes it, too."""
+    """In the order of the model. A layer without kernels of its own, as a product whose sum a later
+    layer adds, is part of the row that computes it."""
     layers = [layer for layer in found.layers if layer.name != LAUNCH]
     macs = {layer.name: work.macs.get(layer.name, 0) for layer in layers}
-    for path in work.macs.keys() - macs.keys():
+    inner: dict[str, list[str]] = {layer.name: [] for layer in layers}
+    order = list(work.shapes)  # as they finish
+    for path in [path for path, count in work.macs.items() if count and path not in macs]:
+        later = order[order.index(path) :] if path in order else []
         owner = next((layer.name for layer in layers if path in layer.fused), None)
+        owner = owner or next((name for name in later if name in inner), None)
         if owner is not None:
             macs[owner] += work.macs[path]
+            inner[owner].append(path)
     rest = [layer for layer in found.layers if layer.name == LAUNCH]
     return [
         LayerRow(
             layer.name or "(model)",
-            _operation(layer, work),
+            _operation(layer, inner.get(layer.name, []), work),
             work.shapes.get(layer.name),
             layer.cycles,
             layer.cycles / max(found.cycles, 1),
@@ -197,12 +202,11 @@ def _rows(found: Profile, work: LayerWork, chip: Chip) -> list[LayerRow]:
     ]
 
 
-def _operation(layer: Layer, work: LayerWork) -> str:
+def _operation(layer: Layer, inner: list[str], work: LayerWork) -> str:
     if layer.name == LAUNCH:
         return "code, call lists"
-    own = [work.kinds[layer.name]] if layer.name in work.kinds and layer.name else []
-    fused = [work.kinds[name] for name in layer.fused if name in work.kinds]
-    named = dict.fromkeys([*own, *fused])
+    names = [*inner, *([layer.name] if layer.name else []), *layer.fused]
+    named = dict.fromkeys(work.kinds[name] for name in names if name in work.kinds)
     return " + ".join(named) or ", ".join(layer.origins) or "code outside of layers"
 
 

@@ -18,6 +18,7 @@ from pagoda.compiler.region import TensorArg
 from pagoda.isa import Slot
 from pagoda.isa.program import MAX_SLOT_BYTES
 from pagoda.runtime.device import Device, KernelCall
+from pagoda.runtime.memory import OutOfDeviceMemory
 from pagoda.runtime.plan import plan_arena
 
 _CALL_LIST_SLOT = 0
@@ -186,7 +187,16 @@ class LoadedExecutable:
         offsets, total = self._plans[rounded]
         if total > self._arena[1]:
             self._release_arena()
-            self._arena = (self.device.memory.allocate(total), total)
+            try:
+                self._arena = (self.device.memory.allocate(total), total)
+            except OutOfDeviceMemory as error:
+                buffers = [(n, self._buffers[b].name) for b, n in enumerate(sizes)
+                           if self._buffers[b].kind == "temporary"]  # fmt: skip
+                largest, name = max(buffers)
+                raise OutOfDeviceMemory(
+                    f"intermediate results of a compiled graph, {len(buffers)} tensors that share "
+                    f"{total:,} bytes, the largest {name!r} of {largest:,}: {error}"
+                ) from None
         for (buffer, _, _), offset in zip(self._lifetimes, offsets, strict=True):
             addresses[buffer] = self._arena[0] + offset
         return addresses

@@ -30,6 +30,7 @@ from pagoda.pytorch.onnx_import import (  # noqa: F401 - they fill the table
 from pagoda.pytorch.onnx_import.operators import TABLE, Operation, Operator, Refused
 from pagoda.pytorch.onnx_import.reader import Input
 from pagoda.pytorch.onnx_import.types import type_of
+from pagoda.pytorch.shape_mode import shapes_only
 
 _KEPT = ("DequantizeLinear",)  # int8 weights stay int8 in the module
 _LARGEST_FOLDED = 1 << 24  # elements: a constant made of constants is stored with the module
@@ -258,7 +259,7 @@ class GraphBuilder:
             self._fake(value) if isinstance(one, torch.fx.Node) else one
             for one, value in zip(passed, rest, strict=True)
         ]
-        with self.mode, torch.no_grad():
+        with shapes_only(self.mode), torch.no_grad():
             results = call(*fakes)
         target = self._unique(_path(node))
         _add_module(self.root, target, call)

@@ -61,9 +61,10 @@ def read(path: Path) -> onnx.ModelProto:
 def _missing(path: Path, error: Exception) -> str:
     if not path.exists():
         return f"{path}: no such file; check the path"
+    reason = str(error).strip().splitlines()[0].rstrip(".")
     return (
         f"{path}: keeps weights in files of their own (external data), and one is missing or "
-        f"outside of its folder: {str(error).strip().splitlines()[0]}; put them beside the model"
+        f"outside of its folder: {reason}; put them beside the model"
     )
 
 
@@ -154,9 +155,10 @@ def concrete(
         if one.name in shapes:
             found[one.name] = _matching(one, tuple(shapes[one.name]), name)
             continue
-        shape = [dims.get(n, n) if isinstance(n, str) else n for n in one.shape or (None,)]
+        stated = (None,) if one.shape is None else one.shape
+        shape = [dims.get(n, n) if isinstance(n, str) else n for n in stated]
         unknown = [n for n in shape if not isinstance(n, int)]
-        if one.shape is None or unknown:
+        if unknown:
             named = [n for n in unknown if n]
             remedy = " ".join(f"--dim {n}=SIZE" for n in dict.fromkeys(named))
             raise ModelFileError(
