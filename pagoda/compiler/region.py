@@ -223,6 +223,17 @@ class KernelCall:
             if arg is not None and param.access != "write"
         )
 
+    def written(self) -> tuple[View, ...]:
+        """The tensors it writes: of each buffer the first argument that lies in it."""
+        return self._first(self.writes())
+
+    def read(self) -> tuple[View, ...]:
+        return self._first(self.reads())
+
+    def _first(self, buffers: Iterable[int]) -> tuple[View, ...]:
+        views = {arg.buffer: arg for arg in reversed(self.args) if arg is not None}
+        return tuple(views[buffer] for buffer in dict.fromkeys(buffers))
+
 
 @dataclass(frozen=True)
 class TensorInput:

@@ -83,7 +83,7 @@ def _plan(
     calls = tuple(
         Call(
             made.kernel.name, entries[made.kernel], made.words, made.step.origin, made.step.place,
-            made.step.writes(), made.step.reads(),
+            made.step.written(), made.step.read(),
         )
         for made in steps
     )  # fmt: skip

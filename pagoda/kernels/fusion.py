@@ -34,13 +34,13 @@ class FusedCall:
     def place(self) -> Place:
         return self.product.place + self.follower.place
 
-    def writes(self) -> tuple[int, ...]:
-        return self.follower.writes()
+    def written(self) -> tuple[View, ...]:
+        return self.follower.written()
 
-    def reads(self) -> tuple[int, ...]:
+    def read(self) -> tuple[View, ...]:
         made = self.product.writes()
-        read = (*self.product.reads(), *self.follower.reads())
-        return tuple(buffer for buffer in read if buffer not in made)
+        views = (*self.product.read(), *self.follower.read())
+        return tuple(view for view in views if view.buffer not in made)
 
     def views(self) -> dict[str, View]:
         """The follower's views by the epilogue's tensor names."""

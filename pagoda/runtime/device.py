@@ -10,6 +10,7 @@ import numpy as np
 
 from pagoda.compiler.region import NOWHERE, Place
 from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Program, Result, Slot
+from pagoda.runtime.anomaly import AnomalyCheck
 from pagoda.runtime.errors import DeviceFault
 from pagoda.runtime.memory import Allocator
 from pagoda.sim import Simulator
@@ -64,6 +65,7 @@ class Device:
         self.cycles = 0
         self.launches = 0
         self.counters = Counters()
+        self.anomaly: AnomalyCheck | None = None  # what executables look for in results
         self._listeners: list[Callable[[LaunchRecord], None]] = []
 
     def pointer(self, address: int) -> int:
