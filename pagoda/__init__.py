@@ -63,6 +63,20 @@ def coverage(model: Any, inputs: Any, **options: Any) -> Any:
     return coverage(model, inputs, **options)
 
 
+def detect_anomaly(infinities: bool = False) -> AbstractContextManager[None]:
+    """Stop at the first kernel that writes NaN; see `pagoda.pytorch.anomaly.detect_anomaly`."""
+    from pagoda.pytorch.anomaly import detect_anomaly
+
+    return detect_anomaly(infinities)
+
+
+def load_onnx(path: Any, **options: Any) -> Any:
+    """An ONNX model as a torch module; see `pagoda.pytorch.onnx_import.load_onnx`."""
+    from pagoda.pytorch.onnx_import import load_onnx
+
+    return load_onnx(path, **options)
+
+
 def autoload() -> None:
     """Register the device "pagoda" with torch, which calls this at the end of its own import.
 

@@ -36,9 +36,10 @@ OWNERS = {
     "safetensors": "pytorch llm train",
     "gguf": "llm",
     "tokenizers": "llm train",
+    "onnx": "pytorch",
     "jinja2": "llm",
     "click": "cli",
-    "rich": "cli",
+    "rich": "pytorch cli",
 }
 
 

@@ -327,9 +327,9 @@ def test_full_device_memory(cache: Cache) -> None:
     with pytest.raises(OutOfDeviceMemory) as error:
         torch.zeros(1 << 20).to(P)
     assert str(error.value) == (
-        "device memory is full: 4,194,304 bytes asked for, 1,048,512 of 1,048,512 free (largest "
-        "piece 1,048,512); free tensors, use a smaller batch or sequence, or choose a chip with "
-        "more DRAM"
+        "a float32 tensor of shape [1048576]: device memory is full: 4,194,304 bytes asked for, "
+        "1,048,512 of 1,048,512 free (largest piece 1,048,512); free tensors, use a smaller batch "
+        "or sequence, or choose a chip with more DRAM"
     )
     assert (torch.ones(3).to(P) + 1).cpu().tolist() == [2, 2, 2]
 

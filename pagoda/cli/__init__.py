@@ -21,7 +21,7 @@ COMMANDS = {
     "dump": "Show a kernel at every compiler stage.",
     "isa": "Print the instruction set manual, or disassemble words.",
     "rtl": "Write a chip's Verilog.",
-    "run": "Run a kernel of the library on given sizes and check its result.",
+    "run": "Run a model file (.py, .onnx), or a kernel of the library.",
     "synth": "Synthesise a chip: area by unit, clock, layout of an element.",
 }
 

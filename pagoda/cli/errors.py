@@ -1,13 +1,14 @@
 """The exceptions whose message is meant for the user as it stands."""
 
 from pagoda.chip.tools import ToolError
-from pagoda.compiler.errors import CompileError, Unsupported
+from pagoda.compiler.errors import CompileError, ModelFileError, Unsupported
 from pagoda.isa.chip import ChipError
 from pagoda.llm import ModelError
 from pagoda.runtime import DeviceFault, OutOfDeviceMemory
 
 USER_ERRORS = (
-    ChipError, CompileError, ModelError, DeviceFault, OutOfDeviceMemory, ToolError, Unsupported,
+    ChipError, CompileError, ModelError, ModelFileError, DeviceFault, OutOfDeviceMemory, ToolError,
+    Unsupported,
 )  # fmt: skip
 
 

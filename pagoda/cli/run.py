@@ -1,4 +1,6 @@
-"""`pagoda run`: one kernel of the library on seeded data, checked, with its cycles explained."""
+"""`pagoda run`: one kernel of the library on seeded data, checked, with its cycles explained.
+
+A model file is run by `run_model`."""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from rich.table import Table
 from pagoda.chip.tools import require_package
 from pagoda.cli.library import STORAGE, Problem, Verdict, library_help, problem, seeded
 from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.run_model import is_model_file, run_model_file
 from pagoda.compiler.compile import compile_kernel
 from pagoda.compiler.errors import CompileError
 from pagoda.compiler.language import TensorType
@@ -250,7 +253,7 @@ def _end(run: Callable[[], Run]) -> int:
 
 
 @click.command(
-    help=f"""Run a kernel of the library on seeded data on the simulated chip.
+    help=f"""Run a kernel of the library, or a model file, on the simulated chip.
 
 The result is checked with numpy; a wrong one is an error (exit code 1). Printed are the chip's
 cycles, how much of the matrix array's peak and of the DRAM bandwidth they use, and what each
@@ -259,6 +262,14 @@ engine waited for.
 \b
 Example:
   pagoda run matmul m=256 n=512 k=512 bias=yes --chip car
+
+A name that ends in .py or .onnx is a model file: the model is compiled for the chip and run on its
+inputs, with a row of figures for each layer. A Python file defines `model`, a torch module, and
+`inputs`; or load(), which returns both, and perhaps the expected result.
+
+\b
+Example:
+  pagoda run resnet.onnx --dim batch=4 --check
 
 {library_help()}
 """
@@ -279,11 +290,37 @@ Example:
     "--cycles", metavar="A:B", callback=_cycle_range,
     help=f"Which cycles --vcd dumps; without it the {WAVE_CYCLES} before a fault or the end.",
 )
+@click.option(
+    "--input", "inputs", multiple=True, metavar="FILE.npz|NAME=FILE.npy",
+    help="Of a model: its inputs, instead of the file's own.",
+)
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE",
+              help="Of an ONNX model: the size of a dimension that it leaves open.")
+@click.option("--check", is_flag=True, help="Of a model: compare with torch on the CPU.")
+@click.option("--eager", is_flag=True, help="Of a model: operation by operation, not compiled.")
+@click.option(
+    "--save-outputs", "save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.npz",
+    help="Of a model: write its results.",
+)
 @json_option
 def run(
     kernel: str, settings: tuple[str, ...], chip: Chip, seed: int, machine: str,
-    vcd: Path | None, cycles: tuple[int, int] | None, as_json: bool,
+    vcd: Path | None, cycles: tuple[int, int] | None, inputs: tuple[str, ...],
+    dims: tuple[str, ...], check: bool, eager: bool, save: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
+    if is_model_file(kernel):
+        if settings or machine != "sim" or vcd is not None or cycles is not None:
+            raise click.UsageError(
+                f"{kernel} is a model file: NAME=VALUE, --machine, --vcd and --cycles are for "
+                "kernels; leave them out (the size of an open dimension is --dim NAME=SIZE)"
+            )
+        run_model_file(Path(kernel), chip, seed, inputs, dims, check, eager, save, as_json)
+        return
+    if inputs or dims or check or eager or save is not None:
+        raise click.UsageError(
+            f"{kernel} is a kernel: --input, --dim, --check, --eager and --save-outputs are for "
+            "model files (.py or .onnx); leave them out (a kernel is always checked)"
+        )
     what = problem(kernel, settings)
     console = Console(stderr=True)
     if machine == "sim":

@@ -37,3 +37,8 @@ class CompileError(Exception):
 class Unsupported(RuntimeError):
     """A PyTorch operation that cannot be compiled for the chip. It is raised by the PyTorch storey,
     and defined here so that whoever tells errors to the user need not load torch to know it."""
+
+
+class ModelFileError(RuntimeError):
+    """A model file that cannot be used; the message says which, why and what to do. Defined here
+    for the same reason."""

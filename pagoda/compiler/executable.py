@@ -12,7 +12,7 @@ import pickle
 from dataclasses import dataclass
 
 from pagoda.compiler.index_expr import Expr
-from pagoda.compiler.region import Region
+from pagoda.compiler.region import NOWHERE, Place, Region, View
 from pagoda.isa.chip import Chip
 from pagoda.isa.program import Program
 
@@ -37,12 +37,16 @@ Word = int | Expr | SlotWord | OffsetWord
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: its name, IMEM address, argument words, and what it came from."""
+    """One kernel call: its name, IMEM address, argument words, what it came from (`KernelCall`),
+    and the tensors it writes and reads."""
 
     kernel: str
     entry: int
     words: tuple[Word, ...]
     origin: str = ""
+    place: Place = NOWHERE
+    writes: tuple[View, ...] = ()
+    reads: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True)

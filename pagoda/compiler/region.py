@@ -176,15 +176,35 @@ class View:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in the user's model a step comes from. layers: paths of modules, as in a state dict;
+    lines: of the source, as text. Both in the graph's order; of a product's step its own first."""
+
+    layers: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+
+    def __add__(self, other: Place) -> Place:
+        return Place(
+            tuple(dict.fromkeys((*self.layers, *other.layers))),
+            tuple(dict.fromkeys((*self.lines, *other.lines))),
+        )
+
+
+NOWHERE = Place()
+
+
+@dataclass(frozen=True)
 class KernelCall:
     """One step. `args`: a view per parameter of the loop nest, or per library argument (None for an
     absent optional one). `symbols`: a value per symbol of the loop nest, over the region's symbols.
-    `origin`: the torch operations it came from, for messages and profiles."""
+    `origin`: the torch operations it came from, `place`: where these stand in the user's model; for
+    messages and profiles."""
 
     kernel: LoopNest | LibraryCall
     args: tuple[View | None, ...]
     symbols: tuple[Expr, ...] = ()
     origin: str = ""
+    place: Place = NOWHERE
 
     def writes(self) -> tuple[int, ...]:
         """Buffers this step writes."""
@@ -203,6 +223,17 @@ class KernelCall:
             for param, arg in zip(self.kernel.params, self.args, strict=True)
             if arg is not None and param.access != "write"
         )
+
+    def written(self) -> tuple[View, ...]:
+        """The tensors it writes: of each buffer the first argument that lies in it."""
+        return self._first(self.writes())
+
+    def read(self) -> tuple[View, ...]:
+        return self._first(self.reads())
+
+    def _first(self, buffers: Iterable[int]) -> tuple[View, ...]:
+        views = {arg.buffer: arg for arg in reversed(self.args) if arg is not None}
+        return tuple(views[buffer] for buffer in dict.fromkeys(buffers))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class _Step:
 
     kernel: Kernel
     words: tuple[Word, ...]
-    origin: str
+    step: KernelCall | FusedCall
 
 
 def build(
@@ -82,8 +82,12 @@ def _plan(
     linked = link(name, [(kernel.name, blobs[kernel]) for kernel in kernels], chip)
     entries = dict(zip(kernels, linked.entries, strict=True))
     calls = tuple(
-        Call(step.kernel.name, entries[step.kernel], step.words, step.origin) for step in steps
-    )
+        Call(
+            made.kernel.name, entries[made.kernel], made.words, made.step.origin, made.step.place,
+            made.step.written(), made.step.read(),
+        )
+        for made in steps
+    )  # fmt: skip
     return PlannedLaunch(linked.program, calls)
 
 
@@ -106,23 +110,23 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
             kernel, blocks = attention_for(step, chip)
             offset = causal_offset(step)
             views, scalars = attention_arguments(step, blocks, offset, chip.cores)
-            return _Step(kernel, _words(kernel, views, scalars), step.origin)
+            return _Step(kernel, _words(kernel, views, scalars), step)
         if step.kernel.name == "sdpa_backward":
             kernel = attention_backward_for(step, chip)
             views, scalars = attention_backward_arguments(step)
-            return _Step(kernel, _words(kernel, views, scalars), step.origin)
+            return _Step(kernel, _words(kernel, views, scalars), step)
         if step.kernel.name in ("mm", "bmm", "addmm"):
             kernel, views = matmul_for(step, chip, symbols)
-            return _Step(kernel, _words(kernel, views, {}), step.origin)
+            return _Step(kernel, _words(kernel, views, {}), step)
         if step.kernel.name == "grouped_mm":
             kernel, views = grouped_for(step, chip, symbols)
-            return _Step(kernel, _words(kernel, views, {}), step.origin)
+            return _Step(kernel, _words(kernel, views, {}), step)
         if step.kernel.name == "convolution_weight":
             kernel, views = convolution_weight_for(step, chip, symbols)
-            return _Step(kernel, _words(kernel, views, {}), step.origin)
+            return _Step(kernel, _words(kernel, views, {}), step)
         if step.kernel.name == "convolution":
             kernel, views = convolution_for(step, chip, symbols)
-            return _Step(kernel, _words(kernel, views, {}), step.origin)
+            return _Step(kernel, _words(kernel, views, {}), step)
     raise CompileError(
         f"step {step.origin!r}", "a step is a loop nest or a kernel of the library",
         f"it is {step.kernel}", "write it with operations that the library has",
@@ -148,8 +152,9 @@ def _copy(step: KernelCall) -> KernelCall:
     nest, names, symbols = builder.build()
     views = {"out": out, "a": source}
     return KernelCall(
-        nest, tuple(views[n] for n in names), tuple(Symbol(s) for s in symbols), step.origin
-    )
+        nest, tuple(views[n] for n in names), tuple(Symbol(s) for s in symbols), step.origin,
+        step.place,
+    )  # fmt: skip
 
 
 def _element(view: View) -> Expr:
@@ -162,7 +167,7 @@ def _fused(step: FusedCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
     made = convolution_for if step.product.kernel.name == "convolution" else matmul_for
     kernel, views = made(step.product, chip, symbols, epilogue=step.epilogue)
     words = _words(kernel, views | step.views(), step.scalars())
-    return _Step(kernel, words, step.origin)
+    return _Step(kernel, words, step)
 
 
 def _nest(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
@@ -177,7 +182,7 @@ def _nest(step: KernelCall, chip: Chip, symbols: Mapping[str, int]) -> _Step:
             continue
         view = step.args[word.index]
         words.append(_place(view, word.what))
-    return _Step(lowered.kernel, tuple(words), step.origin)
+    return _Step(lowered.kernel, tuple(words), step)
 
 
 def _words(

@@ -117,4 +117,4 @@ def _without_taps(step: KernelCall, out: View, bias: View | None) -> KernelCall:
     index = sum((Var(d) * stride for d, stride in enumerate(out.strides)), start=Const(0))
     builder.store("out", out.dtype, index, builder.constant(0.0, "float32"))
     nest, _, symbols = builder.build()
-    return KernelCall(nest, (out,), tuple(Symbol(s) for s in symbols), step.origin)
+    return KernelCall(nest, (out,), tuple(Symbol(s) for s in symbols), step.origin, step.place)

@@ -16,7 +16,7 @@ from math import prod
 from pagoda.compiler.index_expr import Const, Expr, Symbol
 from pagoda.compiler.loop_nest import LoopNest
 from pagoda.compiler.nest_epilogue import Epilogue, epilogue_of
-from pagoda.compiler.region import KernelCall, LibraryCall, Region, View
+from pagoda.compiler.region import KernelCall, LibraryCall, Place, Region, View
 
 PRODUCTS = ("mm", "addmm", "convolution")
 
@@ -32,6 +32,18 @@ class FusedCall:
     @property
     def origin(self) -> str:
         return ", ".join(dict.fromkeys(filter(None, (self.product.origin, self.follower.origin))))
+
+    @property
+    def place(self) -> Place:
+        return self.product.place + self.follower.place
+
+    def written(self) -> tuple[View, ...]:
+        return self.follower.written()
+
+    def read(self) -> tuple[View, ...]:
+        made = self.product.writes()
+        views = (*self.product.read(), *self.follower.read())
+        return tuple(view for view in views if view.buffer not in made)
 
     def views(self) -> dict[str, View]:
         """The follower's views by the epilogue's tensor names."""

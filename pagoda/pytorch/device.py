@@ -22,6 +22,7 @@ from pagoda.pytorch import autocast
 from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 from pagoda.runtime import Device
+from pagoda.runtime.memory import OutOfDeviceMemory
 
 aten = torch.ops.aten
 NAME = "pagoda"
@@ -169,6 +170,10 @@ def _contiguous_strides(size: Sequence[int]) -> list[int]:
     return strides
 
 
+def _describe(dtype: torch.dtype, size: Sequence[int]) -> str:
+    return f"a {str(dtype).removeprefix('torch.')} tensor of shape {list(map(int, size))}"
+
+
 def _as_strided(t: torch.Tensor, size, stride, storage_offset=None) -> torch.Tensor:
     return aten.as_strided.default.redispatch(_CPU, t, size, stride, storage_offset)
 
@@ -190,7 +195,10 @@ def empty_strided(
     count = 0
     if all(size):
         count = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    memory = device_bytes(count * dtype.itemsize, _allocator())
+    try:
+        memory = device_bytes(count * dtype.itemsize, _allocator())
+    except OutOfDeviceMemory as error:
+        raise OutOfDeviceMemory(f"{_describe(dtype, size)}: {error}") from None
     return _as_strided(aten.view.dtype.redispatch(_CPU, memory, dtype), size, stride, 0)
 
 
@@ -319,6 +327,17 @@ def _patch_storage() -> None:
     torch.UntypedStorage.pagoda = _pagoda
 
 
+def _named(module: torch.nn.Module, tensor: torch.Tensor) -> str:
+    """"parameter 'fc.weight', ": which tensor of the module it is."""
+    for kind, members in (
+        ("parameter", module.named_parameters()), ("buffer", module.named_buffers()),
+    ):  # fmt: skip
+        for name, member in members:
+            if member is tensor:
+                return f"{kind} {name!r}, "
+    return ""
+
+
 def _patch_module_apply() -> None:
     """`Module.to` and `Module.cpu` move a parameter that several modules share once, and keep it
     shared.
@@ -335,7 +354,10 @@ def _patch_module_apply() -> None:
 
         def once(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) not in moved:
-                moved[id(tensor)] = (tensor, fn(tensor))
+                try:
+                    moved[id(tensor)] = (tensor, fn(tensor))
+                except OutOfDeviceMemory as error:
+                    raise OutOfDeviceMemory(f"{_named(self, tensor)}{error}") from None
             return moved[id(tensor)][1]
 
         once._moves_once = True  # type: ignore[attr-defined]

@@ -18,13 +18,16 @@ aten = torch.ops.aten
 class GraphPass(CustomGraphPass):
     """Rewrites graphs for this device. Its `uuid` is part of Inductor's cache keys: it covers all
     that shapes a region beside the graph, the code and the float32 matmul precision, so that a
-    cached region is never older than these."""
+    cached region is never older than these. places: digest of the places that it names."""
+
+    def __init__(self, places: str = "") -> None:
+        self.places = places
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         share_heads(graph)
 
     def uuid(self) -> str:
-        return f"{source_hash()} {matmul_precision()}"
+        return f"{source_hash()} {matmul_precision()} {self.places}"
 
 
 class BiasPass(GraphPass):

@@ -19,6 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from pagoda.pytorch import decompositions, device, eager, guards, layouts, optimizers, qdq
 from pagoda.pytorch.graph_pass import BiasPass, GraphPass
+from pagoda.pytorch.places import digest
 from pagoda.pytorch.scheduling import PagodaScheduling
 from pagoda.pytorch.wrapper import RegionWrapper
 
@@ -46,8 +47,6 @@ SETTINGS: dict[str, Any] = {
     "size_asserts": False,
     "alignment_asserts": False,
     "fallback_random": False,
-    "post_grad_custom_pre_pass": GraphPass(),
-    "post_grad_custom_post_pass": BiasPass(),
 }
 SETTINGS = {name: value for name, value in SETTINGS.items() if hasattr(config, name)}
 
@@ -150,8 +149,13 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
     before = getattr(eager.compiling, "active", False)
     eager.compiling.active = True
     try:
+        places = digest(gm.graph)
+        settings = SETTINGS | {
+            "post_grad_custom_pre_pass": GraphPass(places),
+            "post_grad_custom_post_pass": BiasPass(places),
+        }
         return compile_fx(
-            gm, example_inputs, config_patches=SETTINGS, decompositions=decompositions.table()
+            gm, example_inputs, config_patches=settings, decompositions=decompositions.table()
         )
     finally:
         eager.compiling.active = before

@@ -75,6 +75,21 @@ class Inlining:
         )
 
 
+def in_layer(steps: Sequence[KernelCall], called: Sequence[str]) -> list[KernelCall]:
+    """Steps of a layer that was lowered for another call, with this one's layer in their places."""
+    named = {layer for step in steps for layer in step.place.layers}
+    own = min(named, key=len, default="")
+    if len(called) != 1 or not all(f"{layer}.".startswith(f"{own}.") for layer in named):
+        return list(steps)
+    (layer,) = called
+    return [
+        replace(step, place=replace(step.place, layers=tuple(
+            layer + name[len(own) :] for name in step.place.layers
+        )))
+        for step in steps
+    ]  # fmt: skip
+
+
 def _symbol_values(region: Region, operands: Sequence[View | Expr]) -> Mapping[Expr, Expr]:
     """What the region's symbols are for this call, in the caller's terms."""
     values: dict[Expr, Expr] = {}

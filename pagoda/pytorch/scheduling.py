@@ -26,8 +26,10 @@ from torch.utils._sympy.functions import FloorDiv
 from pagoda.compiler.index_expr import Var
 from pagoda.compiler.loop_nest import Builder, LoopNest
 from pagoda.compiler.loop_nest_split import split
+from pagoda.compiler.region import Place
 from pagoda.pytorch.errors import Unsupported, source
 from pagoda.pytorch.loops import NestHandler
+from pagoda.pytorch.places import operations, place
 from pagoda.pytorch.symbolic import to_expr
 
 # A fused kernel keeps a row of each of its tensors in on-chip memory at once.
@@ -161,6 +163,7 @@ class LoopNestLine(WrapperLine):
     tensors: list[str]
     symbols: list[str]
     origin: str
+    place: Place
 
 
 class PagodaScheduling(BaseScheduling):
@@ -193,14 +196,15 @@ class PagodaScheduling(BaseScheduling):
     def codegen_node(self, node: Any) -> None:
         nodes = node.get_nodes()
         names = OrderedSet(n.get_name() for n in nodes)
-        origins = _origins(nodes)
+        graph_nodes = operations(*(n.node for n in nodes if n.node is not None))
+        origins = _origins(graph_nodes)
         try:
             nest, tensors, symbols = self._nest(nodes, names)
         except (Unsupported, NotImplementedError) as error:
             raise Unsupported(
                 f"cannot compile {', '.join(origins)} for device pagoda: {error} "
                 "Rewrite this part of the model, or keep it on the CPU with .cpu()."
-                + source(origin for n in nodes if n.node for origin in n.node.get_origins())
+                + source(graph_nodes)
             ) from error
         for piece, params, used in split(nest):
             V.graph.wrapper_code.writeline(
@@ -209,6 +213,7 @@ class PagodaScheduling(BaseScheduling):
                     [tensors[p] for p in params],
                     [symbols[s] for s in used],
                     ", ".join(origins),
+                    place(graph_nodes),
                 )
             )
         self.free_buffers_in_scheduler()
@@ -257,11 +262,7 @@ class PagodaScheduling(BaseScheduling):
         return False
 
 
-def _origins(nodes: Sequence[Any]) -> list[str]:
-    """Names of the torch operations a group came from, in graph order."""
-    found: dict[str, None] = {}
-    for node in nodes:
-        for origin in node.node.get_origins() if node.node is not None else ():
-            target = origin.meta.get("original_aten") or origin.target
-            found[str(target).removeprefix("aten.").removesuffix(".default")] = None
-    return sorted(found)
+def _origins(nodes: Sequence[torch.fx.Node]) -> list[str]:
+    """Names of the torch operations a group came from."""
+    targets = (str(node.meta.get("original_aten") or node.target) for node in nodes)
+    return sorted({name.removeprefix("aten.").removesuffix(".default") for name in targets})

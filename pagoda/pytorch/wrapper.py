@@ -37,7 +37,8 @@ from pagoda.compiler.region import (
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.library import library_call
 from pagoda.pytorch.matmul_precision import matmul_precision
-from pagoda.pytorch.nesting import Inlining
+from pagoda.pytorch.nesting import Inlining, in_layer
+from pagoda.pytorch.places import operations, place
 from pagoda.pytorch.scheduling import LoopNestLine
 from pagoda.pytorch.storage import host_alias
 from pagoda.pytorch.symbolic import dtype_name, to_expr
@@ -369,7 +370,7 @@ class _RegionBuilder:
     def _call_nest(self, line: LoopNestLine) -> None:
         args = tuple(self.views[self._real_name(name)] for name in line.tensors)
         symbols = tuple(Symbol(name) for name in line.symbols)
-        self.steps.append(KernelCall(line.nest, args, symbols, line.origin))
+        self.steps.append(KernelCall(line.nest, args, symbols, line.origin, line.place))
 
     def _call_nested(self, line: NestedCallLine) -> None:
         operands = [
@@ -378,7 +379,7 @@ class _RegionBuilder:
         ]
         name = line.node.get_name()
         call = Inlining(line.region, operands, self.buffers, name)
-        self.steps += call.steps
+        self.steps += in_layer(call.steps, place(operations(line.node)).layers)
         self.seeds += call.seeds
         self.nested[name] = call.outputs
 
@@ -407,4 +408,6 @@ class _RegionBuilder:
         views = [None if arg is None else self.view(arg) for arg in inputs]
         exact = all(view is None or view.dtype != "float32" for view in views)
         call = LibraryCall(name, attributes, "highest" if exact else matmul_precision())
-        self.steps.append(KernelCall(call, (*outs, *views), origin=name))
+        own = node.origin_node
+        found = place(operations(node) if own is None else [own])
+        self.steps.append(KernelCall(call, (*outs, *views), origin=name, place=found))

@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from pagoda.compiler.region import NOWHERE, Place
 from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Program, Result, Slot
+from pagoda.runtime.anomaly import AnomalyCheck
 from pagoda.runtime.errors import DeviceFault
 from pagoda.runtime.memory import Allocator
 from pagoda.sim import Simulator
@@ -19,8 +22,12 @@ _SLOT_FAULTS = (FaultKind.OUT_OF_SLOT, FaultKind.GATHER_INDEX, FaultKind.NO_PERM
 TensorNamer = Callable[[int, int], str | None]
 
 
-# One entry of a launch's call list: the kernel's name, and what it came from.
-KernelCall = tuple[str, str]
+class KernelCall(NamedTuple):
+    """One entry of a launch's call list: the kernel's name, and what it came from."""
+
+    kernel: str
+    origin: str = ""
+    place: Place = NOWHERE
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Device:
         self.cycles = 0
         self.launches = 0
         self.counters = Counters()
+        self.anomaly: AnomalyCheck | None = None  # what executables look for in results
         self._listeners: list[Callable[[LaunchRecord], None]] = []
 
     def pointer(self, address: int) -> int:

@@ -17,7 +17,9 @@ from pagoda.compiler.link import argument_positions, launch_arguments, pack_reco
 from pagoda.compiler.region import TensorArg
 from pagoda.isa import Slot
 from pagoda.isa.program import MAX_SLOT_BYTES
-from pagoda.runtime.device import Device
+from pagoda.runtime.anomaly import AnomalyCheck, WatchedCall
+from pagoda.runtime.device import Device, KernelCall
+from pagoda.runtime.memory import OutOfDeviceMemory
 from pagoda.runtime.plan import plan_arena
 
 _CALL_LIST_SLOT = 0
@@ -35,7 +37,9 @@ class _CallList:
 
     def __init__(self, device: Device, launch: PlannedLaunch) -> None:
         self.program = launch.program
-        self.calls = tuple((call.kernel, call.origin) for call in launch.calls)
+        self.calls = tuple(
+            KernelCall(call.kernel, call.origin, call.place) for call in launch.calls
+        )
         blank = [(call.entry, [0] * len(call.words)) for call in launch.calls]
         self._words = pack_records(blank)
         self.arguments = launch_arguments(_CALL_LIST_SLOT, 0, blank)
@@ -124,20 +128,46 @@ class LoadedExecutable:
         outputs: Sequence[TensorArg],
         symbols: Mapping[str, int],
     ) -> int:
-        """Run the launches; returns their cycles. Raises DeviceFault, OutOfDeviceMemory."""
+        """Run the launches; returns their cycles. Raises DeviceFault, OutOfDeviceMemory, and
+        AnomalyError if the device looks for such."""
         placement = self._place(inputs, outputs, symbols)
+        if self.device.anomaly is not None:
+            return self._run_watched(self.device.anomaly, placement, symbols)
+        return sum(self._launch(each, placement, symbols) for each in self._lists)
+
+    def _launch(self, each: _CallList, placement: _Placement, symbols: Mapping[str, int]) -> int:
+        words = each.fill(placement.slot_of, placement.relative, symbols)
+        self.device.array(each.address, words.shape, np.uint32)[...] = words
+        result = self.device.launch(
+            each.program,
+            each.arguments,
+            (each.slot, *placement.slots),
+            lambda slot, offset: self._name(slot, offset, placement),
+            each.calls,
+        )
+        return result.cycles
+
+    def _run_watched(
+        self, check: AnomalyCheck, placement: _Placement, symbols: Mapping[str, int]
+    ) -> int:
+        """Call by call; see `anomaly`."""
+
+        def array(buffer: int, kind: type) -> np.ndarray:
+            count = placement.sizes[buffer] // np.dtype(kind).itemsize
+            return self.device.array(int(placement.addresses[buffer]), (count,), kind)
+
+        planned = [(launch.program, call) for launch in self.executable.launches
+                   for call in launch.calls]  # fmt: skip
         cycles = 0
-        for each in self._lists:
-            words = each.fill(placement.slot_of, placement.relative, symbols)
-            self.device.array(each.address, words.shape, np.uint32)[...] = words
-            result = self.device.launch(
-                each.program,
-                each.arguments,
-                (each.slot, *placement.slots),
-                lambda slot, offset: self._name(slot, offset, placement),
-                each.calls,
-            )
-            cycles += result.cycles
+        for program, call in planned:
+            watched = WatchedCall(check, call, self._buffers, symbols, array)
+            watched.before()
+            alone = _CallList(self.device, PlannedLaunch(program, (call,)))
+            try:
+                cycles += self._launch(alone, placement, symbols)
+            finally:
+                self.device.memory.free(alone.address)
+            watched.after()
         return cycles
 
     def _place(
@@ -184,7 +214,16 @@ class LoadedExecutable:
         offsets, total = self._plans[rounded]
         if total > self._arena[1]:
             self._release_arena()
-            self._arena = (self.device.memory.allocate(total), total)
+            try:
+                self._arena = (self.device.memory.allocate(total), total)
+            except OutOfDeviceMemory as error:
+                buffers = [(n, self._buffers[b].name) for b, n in enumerate(sizes)
+                           if self._buffers[b].kind == "temporary"]  # fmt: skip
+                largest, name = max(buffers)
+                raise OutOfDeviceMemory(
+                    f"intermediate results of a compiled graph, {len(buffers)} tensors that share "
+                    f"{total:,} bytes, the largest {name!r} of {largest:,}: {error}"
+                ) from None
         for (buffer, _, _), offset in zip(self._lifetimes, offsets, strict=True):
             addresses[buffer] = self._arena[0] + offset
         return addresses

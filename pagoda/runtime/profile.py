@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pagoda.compiler.region import Place
 from pagoda.isa.chip import Chip
 from pagoda.isa.machine import ENGINES
 from pagoda.isa.program import Program
-from pagoda.runtime.device import Device, LaunchRecord
+from pagoda.runtime.device import Device, KernelCall, LaunchRecord
 from pagoda.runtime.stalls import WAITS, gaps
 
 LAUNCH = "(launch)"  # what no call takes: loading code and the first record, the way out
@@ -63,14 +64,34 @@ class _Sums:
     )
 
 
+    def include(self, other: _Sums) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Layer:
+    """What the kernels of one layer took. name: its path in the model; empty for code outside of
+    all layers. fused: other layers that these kernels compute. dicts stand for ordered sets."""
+
+    name: str
+    fused: dict[str, None] = field(default_factory=dict)
+    kernels: dict[str, None] = field(default_factory=dict)
+    origins: dict[str, None] = field(default_factory=dict)
+    calls: int = 0
+    cycles: int = 0
+    dram_bytes: int = 0
+
+
 class Profile:
-    """Sums over launches; `print` it for a table, or read `rows`."""
+    """Sums over launches; `print` it for a table, or read `rows` or `layers`."""
 
     def __init__(self, chip: Chip) -> None:
         self.chip = chip
         self.launches = 0
         self.cycles = 0
-        self._sums: dict[tuple[str, str], _Sums] = {}
+        self.layer = ""  # whose launches come now, where kernel calls do not know
+        self._sums: dict[KernelCall, _Sums] = {}
 
     def add(self, record: LaunchRecord) -> None:
         """Count one launch; its result must hold a trace."""
@@ -81,7 +102,7 @@ class Profile:
         if record.calls:
             calls, number = record.calls, _call_numbers(trace, record.program)
         else:  # no call list known: the whole program is one call
-            calls, number = [(record.program.name, "")], np.zeros(len(trace), np.int64)
+            calls, number = [KernelCall(record.program.name)], np.zeros(len(trace), np.int64)
         number = np.minimum(number, len(calls) - 1) + 1  # 0: before the first call
         finish = np.zeros(len(calls) + 1, np.int64)
         np.maximum.at(finish, number, trace["finish"])
@@ -91,21 +112,47 @@ class Profile:
             for name in ("macs", "dram_bytes")
         ]
         busy, stalls = gaps(trace).sums(number, len(calls) + 1)
-        outside = self._sums.setdefault((LAUNCH, ""), _Sums())
+        outside = self._sums.setdefault(KernelCall(LAUNCH), _Sums())
         outside.calls += 1
         outside.cycles += total - int(cycles.sum())
         _add(outside, 0, counts, busy, stalls)
-        for position, key in enumerate(calls):
-            sums = self._sums.setdefault(key, _Sums())
+        for position, call in enumerate(calls):
+            call = KernelCall(*call)
+            if self.layer and not call.place.layers:
+                call = call._replace(place=Place((self.layer,), call.place.lines))
+            sums = self._sums.setdefault(call, _Sums())
             sums.calls += 1
             sums.cycles += int(cycles[position])
             _add(sums, position + 1, counts, busy, stalls)
 
     @property
     def rows(self) -> list[Row]:
-        """Kernels, the one with the most cycles first."""
-        rows = [self._row(*key, sums) for key, sums in self._sums.items()]
+        """Kernels, the one with the most cycles first; wherever in the model they are called."""
+        merged: dict[tuple[str, str], _Sums] = {}
+        for call, sums in self._sums.items():
+            merged.setdefault((call.kernel, call.origin), _Sums()).include(sums)
+        rows = [self._row(*key, sums) for key, sums in merged.items()]
         return sorted(rows, key=lambda row: (-row.cycles, row.kernel, row.origin))
+
+    @property
+    def layers(self) -> list[Layer]:
+        """What each layer took, in the order in which they first ran.
+
+        A kernel that several layers share counts for the first of its layers; that of a product
+        is the product's.
+        """
+        found: dict[str, Layer] = {}
+        for call, sums in self._sums.items():
+            name, *others = call.place.layers or ("",)
+            name = call.kernel if call.kernel == LAUNCH else name
+            layer = found.setdefault(name, Layer(name))
+            layer.fused.update(dict.fromkeys(others))
+            layer.kernels.update(dict.fromkeys([call.kernel]))
+            layer.origins.update(dict.fromkeys(filter(None, call.origin.split(", "))))
+            layer.calls += sums.calls
+            layer.cycles += sums.cycles
+            layer.dram_bytes += sums.dram_bytes
+        return list(found.values())
 
     def _row(self, kernel: str, origin: str, sums: _Sums) -> Row:
         possible = max(sums.cycles, 1)

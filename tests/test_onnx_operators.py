@@ -1,0 +1,109 @@
+"""The ONNX operators against onnx's own tests: a model of one node, inputs and results each."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from pagoda.pytorch.onnx_import import load_onnx
+from pagoda.pytorch.onnx_import.graph import TABLE
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the reference results hold infinities
+    from onnx.backend.test.loader import load_model_tests
+
+    CASES = {case.name: case for case in load_model_tests(kind="node")}
+
+TYPES = ("float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "bool")
+REFUSED = (  # what the messages of `require` and of the reader name
+    "test_bernoulli", "test_training_dropout", "test_batchnorm_example_training",
+    "test_batchnorm_epsilon_training", "test_lstm_with_peepholes", "test_nonmaxsuppression",
+    "test_nonzero", "test_unique", "test_maxpool_with_argmax_2d_precomputed_strides",
+    "test_resize_tf_crop_and_resize", "test_if", "test_lppool_2d_ceil",
+)  # fmt: skip
+
+
+def supported(case) -> bool:
+    """Whether the case uses operators of the table only, on types that torch computes with."""
+    known = {*TABLE, "Constant"}
+    defined = CASES.get(case.name.removesuffix("_expanded"), case)
+    arrays = [array for part in case.data_sets[0] for array in part]
+    return (
+        all(
+            not node.domain and node.op_type in known
+            for node in (*case.model.graph.node, *defined.model.graph.node)
+        )
+        and all(isinstance(array, (np.ndarray, np.generic)) for array in arrays)
+        and all(array.dtype.name in TYPES for array in arrays)
+        and not case.name.startswith(REFUSED)
+    )
+
+
+def run(case) -> None:
+    """Inputs that torch needs to know beforehand are constants here, as in exported models."""
+    inputs, expected = case.data_sets[0]
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    fixed = {
+        node.input[position]
+        for node in model.graph.node
+        if node.op_type in TABLE
+        for position in TABLE[node.op_type].constants
+        if position < len(node.input)
+    }
+    given = {}
+    for declared, array in zip(list(model.graph.input), inputs, strict=True):
+        if declared.name in fixed:
+            model.graph.initializer.append(
+                numpy_helper.from_array(np.asarray(array), declared.name)
+            )
+            model.graph.input.remove(declared)
+        else:
+            given[declared.name] = torch.tensor(np.asarray(array))
+    found = load_onnx(model, shapes={name: tuple(t.shape) for name, t in given.items()})
+    with torch.no_grad():
+        results = found.module(*given.values())
+    results = results if isinstance(results, tuple) else (results,)
+    for result, wanted in zip(results, expected, strict=True):
+        wanted = np.asarray(wanted)
+        assert str(result.dtype).removeprefix("torch.") == str(wanted.dtype)
+        assert tuple(result.shape) == wanted.shape
+        np.testing.assert_allclose(
+            result.numpy(), wanted, rtol=case.rtol, atol=max(case.atol, 1e-6)
+        )
+
+
+NAMES = [name for name, case in CASES.items() if supported(case)]
+# The same operators once more, written as other operators: ONNX's definitions of them.
+EXPANDED = [name for name in NAMES if "_expanded" in name]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in EXPANDED])
+def test_operator(name):
+    run(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_operator(name):
+    run(CASES[name])
+
+
+def test_which_operators_are_not_judged():
+    """Those that are always refused, and one that onnx has no case for."""
+    judged = {node.op_type for name in NAMES for node in CASES[name].model.graph.node}
+    assert TABLE.keys() - judged == {
+        "GlobalLpPool", "Bernoulli", "Multinomial", "NonMaxSuppression", "NonZero", "RandomNormal",
+        "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Unique",
+    }  # fmt: skip
+
+
+def test_global_lp_pool():
+    x = torch.randn(2, 3, 4, 5)
+    got = TABLE["GlobalLpPool"].function(x, p=3)
+    torch.testing.assert_close(got, torch.linalg.vector_norm(x, 3, (2, 3), keepdim=True))
