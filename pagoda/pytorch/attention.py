@@ -12,9 +12,11 @@ On the CPU the operations compute what the kernels mean, for tests.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from pagoda.kernels.attention_dropout import FIRST, SECOND, SHIFT, dropout_threshold
 from pagoda.pytorch.device import NAME
@@ -54,10 +56,18 @@ def attend(
     seeds = None, None
     if dropout:
         shapes = q.shape[:3], (k.shape[0], k.shape[2])
-        seeds = (
-            torch.randint(2**31 - 1, shape, dtype=torch.int32, device=q.device) for shape in shapes
-        )
+        seeds = (_drawn(shape, q) for shape in shapes)
     return torch.ops.pagoda.sdpa_training(q, k, v, mask, *seeds, *meaning, dropout)[0]
+
+
+def _drawn(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Seeds, int32 [shape]; drawn on the device, where a factory of torch draws on the host."""
+    if like.device.type != NAME or torch.compiler.is_compiling() or is_fake(like):
+        return torch.randint(2**31 - 1, shape, dtype=torch.int32, device=like.device)
+    from pagoda.pytorch import eager
+
+    options = dict(dtype=torch.int32, device=like.device)
+    return eager.run(torch.ops.aten.randint.default, (2**31 - 1, list(shape)), options)
 
 
 # Operations --------------------------------------------------------------------------------------

@@ -7,16 +7,14 @@ makes a loop nest of it, the kernel library has it, or nobody has.
 
 from __future__ import annotations
 
-import io
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,15 +22,26 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagoda.pytorch import composed, decompositions, device, eager
+from pagoda.pytorch import composed, decompositions, device, eager, sorting
 
 aten = torch.ops.aten
 
-VIEW, LOOPS, LIBRARY = "view", "loop nest", "library kernel"
+NOTHING, LOOPS, LIBRARY = "no arithmetic", "loop nest", "library kernel"
 HOST, UNSUPPORTED = "host", "unsupported"
-_WORST_FIRST = (UNSUPPORTED, HOST, LIBRARY, LOOPS, VIEW)  # an operation runs as its worst part does
+_WORST_FIRST = (
+    UNSUPPORTED,
+    HOST,
+    LIBRARY,
+    LOOPS,
+    NOTHING,
+)  # an operation runs as its worst part does
 
 _PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default)
+# Allocation, views that torch does not call so, and reading one element back.
+_MEMORY = (
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+    aten._unsafe_view, aten.lift_fresh, aten._local_scalar_dense,
+)  # fmt: skip
 _DATA_DEPENDENT = (DataDependentOutputException, GuardOnDataDependentSymNode)
 _GRADIENTS = "backward pass"
 _NOT_THE_USERS = tuple(
@@ -46,7 +55,7 @@ class OperationUse:
 
     name: str  # as torch has it: "aten.addmm"
     count: int
-    runs_as: str  # "view", "loop nest", "library kernel", "host" or "unsupported"
+    runs_as: str  # one of the five above
     where: tuple[str, ...]  # the lines that call it, "file.py:12", none of them torch's
     reason: str = ""  # why it is unsupported, and what to do
 
@@ -66,27 +75,20 @@ class Coverage:
     def unsupported(self) -> tuple[OperationUse, ...]:
         return tuple(use for use in self.operations if use.runs_as == UNSUPPORTED)
 
-    def __rich__(self) -> Table:
+    def __str__(self) -> str:
         bad = len(self.unsupported)
         verdict = f"{bad} unsupported" if bad else "all supported"
-        table = Table(
-            title=f"{len(self.operations)} operations, {verdict}", caption=self.stopped or None
-        )
-        table.add_column("operation")
-        table.add_column("times", justify="right")
-        table.add_column("runs as")
-        table.add_column("where", overflow="fold")
+        wide = max([len("operation"), *(len(use.name) for use in self.operations)])
+        lines = [
+            f"{len(self.operations)} operations, {verdict}",
+            f"{'operation':{wide}} {'times':>6}  {'runs as':14}  where",
+        ]
         for use in self.operations:
             first, *others = use.where
             place = f"{first} and {len(others)} more" if others else first
-            note = f"\n{use.reason}" if use.reason else ""
-            table.add_row(use.name, str(use.count), use.runs_as, place + note)
-        return table
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=100).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+            lines.append(f"{use.name:{wide}} {use.count:6}  {use.runs_as:14}  {place}")
+            lines += textwrap.wrap(use.reason, 100, initial_indent="    ", subsequent_indent="    ")
+        return "\n".join(lines + textwrap.wrap(self.stopped, 100))
 
 
 def coverage(model: nn.Module, inputs: Any, *, backward: bool = False) -> Coverage:
@@ -127,7 +129,7 @@ def coverage(model: nn.Module, inputs: Any, *, backward: bool = False) -> Covera
             "on there; compiled code is interrupted."
         )
     with mode:
-        uses = [found.use() for found in recorder.found.values()]
+        uses = [found.use(name) for name, found in recorder.found.items()]
     uses.sort(key=lambda use: (_WORST_FIRST.index(use.runs_as), -use.count))
     return Coverage(tuple(uses), stopped)
 
@@ -139,17 +141,15 @@ def _sum(out: Any) -> torch.Tensor:
 
 @dataclass
 class _Found:
-    """An operation and how it was called: once for each structure of its arguments."""
+    """An operation and how it was called: once for each overload and structure of arguments."""
 
-    op: Any
-    calls: dict[tuple, tuple[tuple, dict[str, Any], Any]] = field(default_factory=dict)
+    calls: dict[tuple, tuple[Any, tuple, dict[str, Any], Any]] = field(default_factory=dict)
     count: int = 0
     places: dict[str, None] = field(default_factory=dict)
 
-    def use(self) -> OperationUse:
-        verdicts = [_judge(self.op, *call) for call in self.calls.values()]
+    def use(self, name: str) -> OperationUse:
+        verdicts = [_judge(*call) for call in self.calls.values()]
         runs_as, reason = min(verdicts, key=lambda verdict: _WORST_FIRST.index(verdict[0]))
-        name = str(self.op.overloadpacket)
         return OperationUse(name, self.count, runs_as, tuple(self.places), reason)
 
 
@@ -158,7 +158,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[Any, _Found] = {}
+        self.found: dict[str, _Found] = {}
         self.place = ""  # where operations are called; empty: look at the stack
         self.last = "its beginning"
 
@@ -167,13 +167,15 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.last = self.place or _place()
-        out = op(*args, **kwargs)
+        # torch's rule for grouped products is that of CUDA's kernel: bfloat16 only.
+        rule = sorting.grouped_mm if op is aten._grouped_mm.default else op
+        out = rule(*args, **kwargs)
         if _on_device((args, kwargs, out)) and op.namespace not in ("prim", "profiler"):
-            found = self.found.setdefault(op, _Found(op))
+            found = self.found.setdefault(str(op.overloadpacket), _Found())
             found.count += 1
             found.places[self.last] = None
-            structure = pytree.tree_map(_structure, (args, kwargs))
-            found.calls.setdefault((repr(structure),), (args, kwargs, out))
+            structure = repr(pytree.tree_map(_structure, (args, kwargs)))
+            found.calls.setdefault((op, structure), (op, args, kwargs, out))
         return out
 
 
@@ -199,13 +201,13 @@ def _place() -> str:
 
 def _judge(op: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[str, str]:
     """How it runs; for unsupported ones why, and what to do."""
-    if op.is_view or op is aten._local_scalar_dense.default:
-        return VIEW, ""
+    if op.is_view or op.overloadpacket in _MEMORY:
+        return NOTHING, ""
     try:
         eager.require_types(op, (*args, out), kwargs)
     except NotImplementedError as error:
         return UNSUPPORTED, str(error).partition(": ")[2]
-    if eager.runs_on_host(op, args, kwargs):
+    if eager.runs_on_host(op, args, kwargs) or _finds_positions(op, args):
         return HOST, ""
     if op in composed.REWRITTEN:
         return LOOPS, ""
@@ -216,7 +218,15 @@ def _judge(op: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[str,
             f"{', '.join(missing)} is neither a loop nest nor a library kernel. Rewrite the model "
             "without it, or compute it on the CPU with .cpu()."
         )
-    return min(parts.values(), key=_WORST_FIRST.index, default=VIEW), ""
+    return min(parts.values(), key=_WORST_FIRST.index, default=NOTHING), ""
+
+
+def _finds_positions(op: Any, args: tuple) -> bool:
+    """Whether a mask is an index: the positions where it holds are found on the host."""
+    if op.overloadpacket not in (aten.index, aten.index_put, aten.index_put_):
+        return False
+    masked = any(index is not None and index.dtype == torch.bool for index in args[1])
+    return masked and not (op is aten.index_put_.default and composed.fills_mask(args))
 
 
 def _parts(op: Any, args: tuple, kwargs: dict[str, Any]) -> set[Any]:
@@ -245,7 +255,7 @@ def _part(op: Any) -> str:
     from torch._inductor import lowering
 
     if not isinstance(op, torch._ops.OpOverload) or op.is_view:
-        return VIEW
+        return NOTHING
     if op in _PRODUCTS or op.namespace == "pagoda":
         return LIBRARY
     if op in lowering.fallbacks or op not in lowering.lowerings:

@@ -74,6 +74,10 @@ def _uniform(
     return torch.rand_like(x) * (high - low) + low
 
 
+def _bernoulli(x: torch.Tensor, p: float = 0.5, generator: Any = None) -> torch.Tensor:
+    return (torch.rand_like(x, dtype=torch.float32) < p).to(x.dtype)
+
+
 def _weight_norm_backward(
     grad: torch.Tensor, v: torch.Tensor, g: torch.Tensor, norms: torch.Tensor, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,6 +132,7 @@ _OURS: dict[Any, Callable] = {
     aten.index_add.default: _index_add,
     **{op: scatters.narrowed(op, _inductors(op))
        for op in (aten.index_put.default, aten.scatter_add.default)},
+    aten.bernoulli.p: _bernoulli,
     aten.uniform.default: _uniform,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten.logspace.default: _logspace,

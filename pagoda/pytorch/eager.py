@@ -34,7 +34,8 @@ from pagoda.pytorch.storage import host_alias
 aten = torch.ops.aten
 
 # Computed on the host, and counted. Random numbers: torch's own generator gives the same draws as
-# on the CPU. The rest is bookkeeping on a few integers around a model, never part of one.
+# on the CPU; but masks of dropout are drawn on the chip, unless a generator is given. The rest is
+# bookkeeping on a few integers around a model, never part of one.
 HOST_ALLOWED: dict[str, str] = {
     **dict.fromkeys(
         ("aten.normal_", "aten.uniform_", "aten.random_", "aten.exponential_", "aten.bernoulli_",
@@ -151,6 +152,10 @@ _STORED_ONLY = {
 
 def runs_on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether this is one of the operations that are allowed on the host."""
+    if op is aten.bernoulli_.float and not any(
+        isinstance(a, torch.Generator) for a in (*args, *kwargs.values())
+    ):
+        return False
     return _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs)
 
 
