@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers the operations
+import torch.ao.quantization.fx._decomposed  # registers the operations
 import torch.nn.functional as F
 from torch import nn
 
