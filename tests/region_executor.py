@@ -13,6 +13,7 @@ import torch
 from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest
 from pagoda.compiler.loop_nest_oracle import STORAGE, evaluate
 from pagoda.compiler.region import KernelCall, Region, TensorArg, View
+from pagoda.pytorch.convolution import cells
 
 
 class HostExecutor:
@@ -92,6 +93,7 @@ def _convolution(name: str, given: dict, out: torch.Tensor, *args) -> torch.Tens
     x, w, *bias = (None if t is None else t.float() for t in args)
     if name == "convolution":
         assert not given["transposed"]
+        x = x if given["cells"] == 1 else cells(x)
         return torch.nn.functional.conv2d(x, w, *bias, stride, padding, dilation, groups)
     if name == "convolution_weight":
         return torch.nn.grad.conv2d_weight(x, out.shape, w, stride, padding, dilation, groups)

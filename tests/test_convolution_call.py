@@ -37,7 +37,7 @@ def made(shape, follower=False, pixels=(0, 2, 3, 1), transposed=False):
     attributes = (
         ("stride_h", sy), ("stride_w", sx), ("pad_top", shape.padding[0][0]),
         ("pad_left", shape.padding[1][0]), ("dilation_h", dy), ("dilation_w", dx),
-        ("groups", shape.groups), ("transposed", transposed),
+        ("groups", shape.groups), ("transposed", transposed), ("cells", 1),
     )  # fmt: skip
     layout = {"ohwi": (0, 2, 3, 1), "hwio": (2, 3, 1, 0)}[shape.weights]
     out = view(0, (N, shape.co, shape.oh, shape.ow), pixels)

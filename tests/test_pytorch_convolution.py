@@ -198,6 +198,26 @@ def test_same_bits_on_every_chip():
     assert found["edge"] == found["car"] == found["tiny"]
 
 
+FEW_CHANNELS = [  # images, channels, size, outputs, kernel, padding, bias, type
+    (2, 3, 37, 16, 7, 3, True, torch.bfloat16),
+    (1, 1, 12, 8, 3, 1, False, torch.bfloat16),
+    (1, 3, 9, 4, 4, 0, True, torch.float32),
+]
+
+
+@pytest.mark.parametrize("sizes", FEW_CHANNELS)
+def test_few_channels_and_stride_2(sizes):
+    """Squares of pixels become channels; weights of any size, margins of both signs."""
+    n, channels, size, outputs, kernel, padding, bias, dtype = sizes
+    case = Case(
+        n, channels, outputs, 1, (size, size), (kernel, kernel), (2, 2), (padding, padding),
+        (1, 1), None, bias, True, dtype,
+    )  # fmt: skip
+    check_forward(case)
+    steps = {str(step.kernel) for step in call.compiled[-1].steps}
+    assert any("cells=2" in step for step in steps)
+
+
 def test_inner_layers_are_not_copied():
     """Convolution, batch norm, ReLU and the residual sum are a step each at most: nothing is
     rearranged between layers, whatever the module's memory format."""

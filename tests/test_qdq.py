@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed
+import torch.ao.quantization.fx._decomposed  # registers the operations
 import torch.nn.functional as F
 from torch import nn
 

@@ -56,7 +56,9 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 #          channels c to its share of o. out and x lie with channels last (out perhaps with gaps
 #          between pixels), w with c or o contiguous. As many y and x as out has; pad_top and
 #          pad_left may be negative. transposed: w is given as for a transposed convolution, [c, o
-#          of a group, ky, kx] and turned by half a turn: kernel row ky is the last but ky.
+#          of a group, ky, kx] and turned by half a turn: kernel row ky is the last but ky. cells:
+#          unless 1, x has 1 / cells^2 of the channels and `cells` times the rows and columns; what
+#          counts as its pixels above are squares of these, their channels row after row of them.
 # convolution_transposed   out[n,o,y,x] = bias[o] + sum over c and all iy stride_h + ky dilation_h
 #          - pad_top = y, ix stride_w + kx dilation_w - pad_left = x of x[n,c,iy,ix] w[c,o,ky,kx],
 #          with groups and layouts as above
@@ -77,7 +79,7 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("out", "x", "w", "bias?"),
         (
             "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups",
-            "transposed",
+            "transposed", "cells",
         ),
     ),
     "convolution_transposed": (

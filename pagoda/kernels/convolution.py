@@ -104,6 +104,9 @@ class _Convolution(ConvolutionBuilder):
                 row_stride=s.ci * self.size, plane_stride=row_bytes,
             )  # fmt: skip
             return window
+        if s.cells > 1:
+            self._load_cells(window, image, oy, ox, images, rows, cols)
+            return window
         high, above, below, y = self.padded(0, oy, rows, s.h)
         wide, left, right, x = self.padded(1, ox, cols, s.w)
         access = Access(
@@ -116,6 +119,27 @@ class _Convolution(ConvolutionBuilder):
             row_stride=row_bytes, plane_stride=self.window_rows * row_bytes,
         )  # fmt: skip
         return window
+
+    def _load_cells(
+        self, window: Tile, image: Scalar, oy: Scalar, ox: Scalar, images: Scalar, rows: Scalar,
+        cols: Scalar,
+    ) -> None:  # fmt: skip
+        """Row by row of the squares: in DRAM they follow one another, in SRAM those of a square."""
+        b, s = self.b, self.shape
+        row = s.ci // s.cells * self.size
+        (high, *_, y), (wide, *_, x) = self.padded(0, oy, rows, s.h), self.padded(1, ox, cols, s.w)
+        start = self.input_offset(image, y, 0) + x * row
+        with loop(b, "of", 0, self.plan.images) if self.plan.images == 1 else b.loop(
+            "of", 0, images
+        ) as of:
+            for number in range(s.cells):
+                offset = start + of * (s.h * s.w * s.ci * self.size) + number * s.w * row
+                b.load(
+                    window.view(of * (self.window_rows * self.pitch), number * (s.ci // s.cells)),
+                    Access("x", offset, Int(row), Int(s.w * s.ci * self.size)),
+                    wide, s.ci // s.cells, high,
+                    row_stride=s.ci * self.size, plane_stride=self.pitch * s.ci * self.size,
+                )  # fmt: skip
 
     def _products(
         self, acc: Tile, window: Tile, group: Scalar, start: Scalar, n: Scalar,

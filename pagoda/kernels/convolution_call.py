@@ -50,9 +50,13 @@ def convolution_for(
     output = _dtype(out, allowed, what)
     if not _lies(x, _PIXELS) or not _ends_in_channels(out):
         raise _not_channels_last(out, x)
+    cells = int(call.kernel.attribute("cells"))
+    if cells > 1 and _lies(x, _PIXELS):
+        x = _in_cells(x, cells)
     layout = _weight_layout(w, bool(call.kernel.attribute("transposed")), call.kernel, x, out)
     shape = replace(_shape(call.kernel, out, x, w, symbols), weights=layout)
     shape = replace(shape, operand_bytes=operand.bits // 8, output_bytes=output.bits // 8)
+    shape = replace(shape, cells=cells)
     if shape.is_matmul and shape.output_steps is None:
         return matmul_for(_as_product(call, shape, out, x, w, bias), chip, symbols, epilogue)
     if operand is DType.F32 and not shape.depthwise:
@@ -91,6 +95,14 @@ def convolution_weight_for(
     kernel = build_convolution_weight(chip, shape, operand, output)
     views = {"dw": out, "x": x, "g": g}
     return kernel, {name: _transposed(view, _PIXELS) for name, view in views.items()}
+
+
+def _in_cells(x: View, cells: int) -> View:
+    """Channels, rows and columns of the squares; the strides say what a dense tensor of them
+    would have."""
+    n, c, h, w = x.sizes
+    c, h, w = c * (cells * cells), h // cells, w // cells
+    return replace(x, sizes=(n, c, h, w), strides=(c * h * w, Const(1), c * w, c))
 
 
 def _not_channels_last(*views: View) -> CompileError:

@@ -59,7 +59,8 @@ class ConvolutionShape:
     columns of x. weights "ohwi": [co, kh, kw, ci / groups], what torch's channels_last makes of a
     Conv2d's; "hwio": [kh, kw, ci / groups, co]; or any layout whose channels in or out are
     contiguous. output_steps: elements from image to image, row to row and pixel to pixel of y,
-    which is dense without them.
+    which is dense without them. cells: a pixel of x is a square of so many pixels each way, with
+    the channels of one row of them after those of another; in memory whole rows of x lie apart.
     """
 
     n: int
@@ -77,6 +78,7 @@ class ConvolutionShape:
     operand_bytes: int = 2
     output_bytes: int = 2
     output_steps: tuple[int, int, int] | None = None
+    cells: int = 1
     epilogue: EpilogueCost | None = None
 
     def __post_init__(self) -> None:
@@ -261,6 +263,10 @@ def _window_cycles(chip: Chip, shape: ConvolutionShape, images: int, rows: int, 
     if shape.pointwise:
         pitch = shape.ci * shape.stride[1]
         return port_cycles(chip, images * high * wide, shape.ci, pitch, size)
+    if shape.cells > 1:  # a square's rows are apart in SRAM: as many short rows
+        row, pieces = shape.ci // shape.cells, images * high * shape.cells
+        moved = port_cycles(chip, pieces, wide * row, shape.w * row, size)
+        return max(moved, pieces * timing.local_cycles(chip, wide, row * size))
     high, wide = min(high, shape.h), min(wide, shape.w)
     return port_cycles(chip, images * high, wide * shape.ci, shape.w * shape.ci, size)
 

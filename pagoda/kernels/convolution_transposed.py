@@ -87,7 +87,7 @@ def _phase(step: KernelCall, call: LibraryCall, y: _Phase, x: _Phase) -> KernelC
     attributes = (
         ("stride_h", 1), ("stride_w", 1), ("pad_top", y.before), ("pad_left", x.before),
         ("dilation_h", y.dilation), ("dilation_w", x.dilation),
-        ("groups", call.attribute("groups")), ("transposed", True),
+        ("groups", call.attribute("groups")), ("transposed", True), ("cells", 1),
     )  # fmt: skip
     kernel = LibraryCall("convolution", attributes, call.precision)
     return replace(step, kernel=kernel, args=(place, source, taps, bias))

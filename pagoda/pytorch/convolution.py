@@ -18,6 +18,7 @@ import torch
 
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.float32_terms import in_terms
+from pagoda.pytorch.padded_pooling import in_memory
 
 Ints = Sequence[int]
 
@@ -55,6 +56,26 @@ def _convolution(
     )
     out = out.to(dtype) if x.is_floating_point() else out.to(torch.int64).to(dtype)
     return out.contiguous(memory_format=torch.channels_last)
+
+
+@_op("convolution_cells")
+def _convolution_cells(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The convolution of `cells(x)` and w [o, 4 c, kh, kw] with stride 1; x [n, c, h, w]. All of
+    them channels last; size: rows and columns of the result, of type `dtype`."""
+    return _convolution(cells(x), w, bias, size, [1, 1], [0, 0], [1, 1], 1, dtype)
+
+
+def cells(x: torch.Tensor) -> torch.Tensor:
+    """Squares of 2 x 2 pixels as channels: [n, 4 c, h / 2, w / 2], row after row of a square."""
+    n, c, h, w = x.shape
+    square = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    return square.reshape(n, 4 * c, h // 2, w // 2)
 
 
 @_op("convolution_transposed")
@@ -115,6 +136,11 @@ def _(x, w, bias, size, stride, padding, dilation, groups, dtype):
     return x.new_empty((x.shape[0], *size, w.shape[0]), dtype=dtype).permute(0, 3, 1, 2)
 
 
+@_convolution_cells.register_fake
+def _(x, w, bias, size, dtype):
+    return x.new_empty((x.shape[0], *size, w.shape[0]), dtype=dtype).permute(0, 3, 1, 2)
+
+
 @_convolution_transposed.register_fake
 def _(x, w, bias, size, stride, padding, dilation, groups, dtype):
     return x.new_empty((x.shape[0], *size, w.shape[1] * groups), dtype=dtype).permute(0, 3, 1, 2)
@@ -124,18 +150,21 @@ def convolution_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[
     """One of these operations in Inductor as (library name, attributes, input nodes)."""
     args, _ = node.unflatten_args(node.inputs, node.constant_args)
     name = node.op_overload.name().removeprefix("pagoda::")
-    if name == "convolution_weight":
+    if name == "convolution_cells":
+        x, w, bias, *_ = args
+        name, tensors = "convolution", [x, w, bias]
+        stride, padding, dilation, groups = [1, 1], [0, 0], [1, 1], 1
+        extra = (("transposed", False), ("cells", 2))
+    elif name == "convolution_weight":
         x, g, _, stride, padding, dilation, groups, *_ = args
-        tensors = [x, g]
+        tensors, extra = [x, g], ()
     else:
         x, w, bias, _, stride, padding, dilation, groups, *_ = args
         tensors = [x, w, bias]
+        extra = (("transposed", False), ("cells", 1)) if name == "convolution" else ()
     values = [*stride, *padding, *dilation, groups]
     names = ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups")
-    attributes = tuple(zip(names, map(int, values), strict=True))
-    if name == "convolution":
-        attributes = (*attributes, ("transposed", False))
-    return name, attributes, tensors
+    return name, (*zip(names, map(int, values), strict=True), *extra), tensors
 
 
 # torch's operations as these ----------------------------------------------------------------------
@@ -230,8 +259,11 @@ def _convolved(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     def call(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        steps = stride, padding, dilation, groups
+        if op is _convolution and pays_in_cells(a, b, *steps):
+            return in_cells(a, b, bias, size, padding, dtype)
         a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
-        return op(a, b, bias, size, stride, padding, dilation, groups, dtype)
+        return op(a, b, bias, size, *steps, dtype)
 
     depthwise = groups == x.shape[1] and w.shape[0] == groups and w.shape[1] == 1 and groups > 1
     product = [*w.shape[2:], *stride, *padding, groups] == [1, 1, 1, 1, 0, 0, 1]
@@ -239,6 +271,40 @@ def _convolved(
     if x.dtype != torch.float32 or depthwise or product:
         return call(x, w, bias, dtype or x.dtype)
     return in_terms(call, x, w, bias)
+
+
+def pays_in_cells(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+) -> bool:
+    """A row of the kernel is one run of k, kw x channels long. With few channels it leaves much of
+    the array idle; squares of pixels as channels make runs four times as long, half as many."""
+    few = groups == 1 and x.shape[1] < FEW_CHANNELS // 2 and min(w.shape[2:]) > 2
+    return few and list(stride) == [2, 2] and list(dilation) == [1, 1]
+
+
+def in_cells(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: Ints,
+    padding: Ints,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A convolution of stride 2 as one of stride 1 over squares of a padded copy of x; where a
+    square juts out of the kernel its weights are 0."""
+    margins: list[int] = []
+    for dim, before in zip((3, 2), reversed(padding), strict=True):
+        wanted = 2 * (size[dim - 2] - 1) + w.shape[dim] + w.shape[dim] % 2
+        margins += [before, wanted - int(x.shape[dim]) - before]
+    x = in_memory(torch.nn.functional.pad(x, margins))
+    w = cells(torch.nn.functional.pad(w, (0, w.shape[3] % 2, 0, w.shape[2] % 2)))
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    return torch.ops.pagoda.convolution_cells(x, w, bias, [*size], dtype)
 
 
 def _weight_gradient(

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pagoda.pytorch.convolution import in_cells, pays_in_cells
+
 INT8_MIN, INT8_MAX = -128, 127
 
 
@@ -63,11 +65,12 @@ def _convolution(
         x = torch.nn.functional.pad(x, (left, left, top, top), value=pad_value)
         top = left = 0
     size = _size(x, weight, stride, (top, left), dilation)
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    acc = torch.ops.pagoda.convolution(
-        x, weight, None, size, [*map(int, stride)], [top, left], [*map(int, dilation)],
-        int(groups), torch.int32,
-    )  # fmt: skip
+    steps = [*map(int, stride)], [top, left], [*map(int, dilation)], int(groups)
+    if pays_in_cells(x, weight, *steps):
+        acc = in_cells(x, weight, None, size, [top, left], torch.int32)
+    else:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        acc = torch.ops.pagoda.convolution(x, weight, None, size, *steps, torch.int32)
     pixels = acc.permute(0, 2, 3, 1)
     return _finish(pixels, scale, bias, dtype, zero_point, low, high).permute(0, 3, 1, 2)
 

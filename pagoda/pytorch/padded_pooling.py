@@ -8,6 +8,7 @@ is worth it: 3 x 3 windows take a tenth of the time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ def max_pool2d_with_indices(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> Any:
-    """aten.max_pool2d_with_indices, with torch's choice among equal elements and NaN."""
+    """aten.max_pool2d_with_indices, with torch's choice among equal elements and NaN. The values
+    are found along columns first, then along rows; the indices, if anything uses them, at once."""
     dims = _dims(x, kernel_size, stride, padding, dilation, ceil_mode)
     if dims is None or x.dtype == torch.bool:
         return NotImplemented
@@ -57,6 +59,8 @@ def max_pool2d_with_indices(
     if max(y.before, y.after, x_.before, x_.after) > 0:
         least = -torch.inf if real else torch.iinfo(x.dtype).min
         x = in_memory(pad(x, (x_.before, x_.after, y.before, y.after), value=least))
+    rows = in_memory(_largest([x[..., y.window(k), :] for k in range(y.kernel)]))
+    largest = _largest([rows[..., x_.window(k)] for k in range(x_.kernel)])
     best = tap = None
     for number in range(y.kernel * x_.kernel):
         ky, kx = divmod(number, x_.kernel)
@@ -73,7 +77,11 @@ def max_pool2d_with_indices(
     column = x_.first(x.device) + (tap - ky * x_.kernel) * x_.dilation
     # A window of nothing but -inf has its first element, which may lie in the padding.
     places = row.clamp(min=0) * x_.size + column.clamp(min=0)
-    return best, places.to(torch.int64)
+    return largest, places.to(torch.int64)
+
+
+def _largest(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(torch.maximum, parts)
 
 
 def max_pool2d_with_indices_backward(

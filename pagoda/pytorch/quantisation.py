@@ -3,15 +3,15 @@
     quantised = pagoda.quantize(model, batches)            # static: ranges from calibration
     quantised = pagoda.quantize(model, dynamic=True)       # linear layers, ranges as they come
 
-Weights have a scale per output channel, activations one per tensor, both symmetric: largest
-magnitude / 127, zero point 0. The copy runs eagerly and compiled, on the CPU too, with the same
-int8 values: those of `pagoda.pytorch.int8`.
+Weights have a scale per output channel, the largest magnitude / 127; activations one per tensor,
+with zero point 0, or -128 behind a ReLU where no convolution pads. The copy runs eagerly and
+compiled, on the CPU too, with the same int8 values: those of `pagoda.pytorch.int8`.
 
 A model that torch.fx can trace is quantised as a graph. Batch norms are folded into convolutions.
-A tensor that feeds a quantised layer is made int8 where it arises, once; additions read the same
-int8 values; what the layer before does after its sums (bias, activation, addition, rounding) is
-the end of its kernel. Any other model is quantised layer by layer: each makes its input int8 and
-gives floats.
+A tensor that feeds a quantised layer is made int8 where it arises, once; residual additions add
+int8 values, of one scale all along the residual stream. So all that follows a layer's sums (bias,
+addition, activation, rounding) is the end of its kernel. Any other model is quantised layer by
+layer: each makes its input int8 and gives floats.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,33 +35,34 @@ _RELUS = (torch.relu, F.relu, F.relu6)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
-def quantize_tensor(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """int8: clamp(round(x / scale), -128, 127); to nearest, ties to even."""
-    factor = 1 / scale
-    return torch.clamp(torch.round(x.float() * factor), INT8_MIN, INT8_MAX).to(torch.int8)
-
-
-def dequantize_tensor(q: torch.Tensor, scale: float) -> torch.Tensor:
-    """float32: q times its scale."""
-    return q.float() * scale
-
-
-def add_and_quantize(
-    y: torch.Tensor, other: torch.Tensor, factor: float, low: int, high: int
+def quantize_tensor(
+    x: torch.Tensor, scale: float | torch.Tensor, zero_point: int = 0
 ) -> torch.Tensor:
-    """int8: clamp(round(y + other * factor), low, high) of float y and int8 other."""
-    return torch.clamp(torch.round(y + other.float() * factor), low, high).to(torch.int8)
+    """int8: clamp(round(x * (1 / scale)) + zero_point, -128, 127); to nearest, ties to even."""
+    q = torch.round(x.float() * (1 / scale))
+    q = q + zero_point if zero_point else q
+    return torch.clamp(q, INT8_MIN, INT8_MAX).to(torch.int8)
 
 
-def _scale(magnitude: float) -> float:
-    return magnitude / INT8_MAX if magnitude > 0 else 1.0
+def dequantize_tensor(q: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
+    """float32: (q - zero_point) scale."""
+    return (q.float() - zero_point if zero_point else q.float()) * scale
+
+
+def add_and_quantize(y: torch.Tensor, other: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """int8: clamp(round(y) + other, low, high) of float y, below 2^31, and int8 other."""
+    total = torch.round(y).to(torch.int32) + other.to(torch.int32)
+    return torch.clamp(total, low, high).to(torch.int8)
+
+
+def _scale(magnitude: float, steps: int = INT8_MAX) -> float:
+    return magnitude / steps if magnitude > 0 else 1.0
 
 
 class _Layer(nn.Module):
-    """Weight and bias of a quantised layer, and what it gives: floats of type `dtype`, or int8
-    values of scale `output_scale` between low and high."""
+    """Weight and bias of a quantised layer, and what it gives (`end`): floats, or int8 values."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, input_scale: float):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, input_scale: float, input_zero_point: int):
         super().__init__()
         weight = layer.weight.detach().float()
         magnitudes = weight.abs().flatten(1).amax(1)
@@ -73,20 +75,26 @@ class _Layer(nn.Module):
         bias = None if layer.bias is None else layer.bias.detach()
         self.register_buffer("weight", q)
         self.register_buffer("scale", sums)
-        self.register_buffer("bias", bias_for(q, bias, sums))
-        self.input_scale = input_scale
+        self.register_buffer("bias", bias_for(q, bias, sums, input_zero_point))
+        self.input_scale, self.input_zero_point = input_scale, input_zero_point
         self.end: tuple[Any, ...] = (layer.weight.dtype, 0, INT8_MIN, INT8_MAX)
 
-    def in_units_of(self, scale: float) -> None:
-        """Divide the result by a scale, that of what it is added to or becomes."""
+    def give(self, scale: float, shift: int = 0) -> None:
+        """float32 results in units of `scale`, with `shift` units, a part of the bias, added."""
+        if shift:
+            units = torch.round(shift * scale / self.scale.double()).to(torch.int32)
+            self.bias = units if self.bias is None else self.bias + units
         self.scale = self.scale / scale
+        self.end = (torch.float32, *self.end[1:])
 
-    def give_int8(self, output_scale: float, low: int, high: int) -> None:
-        self.in_units_of(output_scale)
+    def give_int8(self, scale: float, zero_point: int, low: int, high: int) -> None:
+        self.give(scale, zero_point)
         self.end = (torch.int8, 0, low, high)
 
     def quantised(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.dtype == torch.int8 else quantize_tensor(x, self.input_scale)
+        if x.dtype == torch.int8:
+            return x
+        return quantize_tensor(x, self.input_scale, self.input_zero_point)
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, {self.end[0]}"
@@ -104,15 +112,16 @@ class QuantizedLinear(_Layer):
 class QuantizedConv2d(_Layer):
     """`nn.Conv2d` on int8 values: x int8, or floats that become int8 by `input_scale`."""
 
-    def __init__(self, layer: nn.Conv2d, input_scale: float):
-        super().__init__(layer, input_scale)
+    def __init__(self, layer: nn.Conv2d, input_scale: float, input_zero_point: int):
+        super().__init__(layer, input_scale, input_zero_point)
         self.stride, self.padding = list(layer.stride), list(layer.padding)
         self.dilation, self.groups = list(layer.dilation), layer.groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         steps = self.stride, self.padding, self.dilation, self.groups
         return torch.ops.pagoda.convolution_int8(
-            self.quantised(x), self.weight, self.scale, self.bias, *steps, 0, *self.end
+            self.quantised(x), self.weight, self.scale, self.bias, *steps,
+            self.input_zero_point, *self.end,
         )
 
 
@@ -131,7 +140,7 @@ class DynamicQuantizedLinear(_Layer):
     """`nn.Linear` on int8 values whose scale is that of each input: its largest magnitude / 127."""
 
     def __init__(self, layer: nn.Linear):
-        super().__init__(layer, 1.0)
+        super().__init__(layer, 1.0, 0)
         self.bias = None if layer.bias is None else layer.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,9 +233,9 @@ def _quantisable(layer: nn.Module | None) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _quantised_layer(layer: nn.Module, magnitude: float) -> _Layer:
+def _quantised_layer(layer: nn.Module, scale: float, zero_point: int = 0) -> _Layer:
     kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    return kind(layer, _scale(magnitude))
+    return kind(layer, scale, zero_point)
 
 
 def _replaced(model: nn.Module, make: Any) -> nn.Module:
@@ -258,7 +267,7 @@ def _by_layers(model: nn.Module, batches: list) -> nn.Module:
     for hook in hooks:
         hook.remove()
     return _replaced(model, lambda name, layer: (
-        _quantised_layer(layer, found[name]) if name in found else None
+        _quantised_layer(layer, _scale(found[name])) if name in found else None
     ))  # fmt: skip
 
 
@@ -299,7 +308,24 @@ class _Ranges(fx.Interpreter):
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
             seen = float(result.abs().max())
             self.magnitudes[n] = max(self.magnitudes.get(n, 0.0), seen)
+            n.meta["shape"] = result.shape
         return result
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """int8 values q stand for (q - zero_point) scale."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """An addition at the end of a layer's kernel: of its result and of int8 values."""
+
+    layer: fx.Node
+    other: fx.Node
 
 
 class _Rewriting:
@@ -311,16 +337,20 @@ class _Rewriting:
         self.layers = [n for n in self.graph.nodes if _quantisable(self._module(n))]
         self.additions = [n for n in self.graph.nodes if self._is_addition(n)]
         self.wanted = {self._source(n.args[0]) for n in self.layers}
+        for node in self.additions:  # a layer's result can only be added where it is the later one
+            first, second = sorted(node.args, key=self.order.__getitem__)
+            if first in self.layers and second in self.layers and first is not second:
+                self.wanted.add(first)
+        self.sums = {n: found for n in self.additions if (found := self._sum(n)) is not None}
+        self.grids = self._grids()
         self.int8: dict[fx.Node, fx.Node] = {}
         self.made: dict[fx.Node, _Layer] = {}
 
     def run(self) -> fx.GraphModule:
-        reads = self._reads()
         names: set[str] = set()
         for node in self.layers:
-            layer = _quantised_layer(
-                self._module(node), self.magnitudes[self._source(node.args[0])]
-            )
+            grid = self.grids[self._source(node.args[0])]
+            layer = _quantised_layer(self._module(node), grid.scale, grid.zero_point)
             name = node.target if node.target not in names else f"{node.target}_{len(names)}"
             names.add(name)
             self.made[node] = layer
@@ -328,9 +358,9 @@ class _Rewriting:
         for node in list(self.graph.nodes):
             if node in self.made:
                 node.args = (self._as_int8(node.args[0]),)
-            elif node in reads:
+            elif node in self.additions and node not in self.sums:
                 node.args = tuple(
-                    self._as_float(a) if a in reads[node] else a for a in node.args
+                    self._as_float(a) if self._source(a) in self.wanted else a for a in node.args
                 )
         for node, layer in self.made.items():
             self.traced.set_submodule(node.target, layer)
@@ -338,6 +368,8 @@ class _Rewriting:
         self.traced.delete_all_unused_submodules()
         self.traced.recompile()
         return self.traced
+
+    # Decisions
 
     def _module(self, node: Any) -> nn.Module | None:
         if not isinstance(node, fx.Node) or node.op != "call_module":
@@ -353,22 +385,64 @@ class _Rewriting:
         added = self._is(node, (), _ADDITIONS, ("add", "add_")) and not node.kwargs
         return added and len(node.args) == 2 and all(a in self.magnitudes for a in node.args)
 
+    def _is_relu(self, node: fx.Node) -> bool:
+        return self._is(node, (nn.ReLU, nn.ReLU6), _RELUS, ("relu", "relu_"))
+
     def _source(self, node: fx.Node) -> fx.Node:
         """Where the values of a node arise: behind operations that only pick or move them."""
         while self._is(node, _CARRIERS, _CARRYING, _CARRYING_METHODS):
             node = node.args[0]
         return node
 
-    def _reads(self) -> dict[fx.Node, set[fx.Node]]:
-        """Additions, and which of their operands they read in int8: those that are int8 anyway, and
-        of two results of layers the earlier one, which could not be added in a kernel's end."""
-        reads: dict[fx.Node, set[fx.Node]] = {}
-        for node in self.additions:
-            first, second = sorted(node.args, key=self.order.__getitem__)
-            if first in self.layers and second in self.layers and first is not second:
-                self.wanted.add(first)
-            reads[node] = {a for a in node.args if self._source(a) in self.wanted}
-        return reads
+    def _end(self, node: fx.Node) -> fx.Node:
+        """A ReLU that alone uses the node, or the node."""
+        users = list(node.users)
+        return users[0] if len(users) == 1 and self._is_relu(users[0]) else node
+
+    def _sum(self, node: fx.Node) -> _Sum | None:
+        end = self._end(node)
+        if end not in self.wanted or not self._float_is_unused(end):
+            return None
+        shape = [a.meta["shape"] for a in node.args]
+        for layer, other in (node.args, node.args[::-1]):
+            alone = layer in self.layers and layer not in self.wanted and len(layer.users) == 1
+            if alone and self._source(other) in self.wanted and shape[0] == shape[1]:
+                return _Sum(layer, other)
+        return None
+
+    def _float_is_unused(self, node: fx.Node) -> bool:
+        """Whether all that reads a wanted node reads int8: quantised layers and additions."""
+        for user in node.users:
+            moved = self._source(user) is not user and self._float_is_unused(user)
+            if not moved and user not in self.layers and user not in self.additions:
+                return False
+        return True
+
+    def _grids(self) -> dict[fx.Node, _Grid]:
+        """Scales and zero points. What is added shares one scale, so that int8 values are added as
+        they are. Results of a ReLU use all 256 values, unless a layer pads them: with zeros."""
+        together = {node: {node} for node in self.wanted}
+        for node, found in self.sums.items():
+            joined = together[self._source(found.other)] | together[self._end(node)]
+            together |= dict.fromkeys(joined, joined)
+        points = {node: self._zero_point(node) for node in self.wanted}
+        needed = {
+            node: _scale(self.magnitudes[node], INT8_MAX - points[node]) for node in self.wanted
+        }
+        return {
+            node: _Grid(max(needed[n] for n in together[node]), points[node])
+            for node in self.wanted
+        }
+
+    def _zero_point(self, node: fx.Node) -> int:
+        pads = any(
+            max(self._module(layer).padding) > 0
+            for layer in self.layers
+            if self._source(layer.args[0]) is node and isinstance(self._module(layer), nn.Conv2d)
+        )
+        return INT8_MIN if self._is_relu(node) and not pads else 0
+
+    # Rewriting
 
     def _as_int8(self, node: fx.Node) -> fx.Node:
         if node not in self.int8:
@@ -376,9 +450,8 @@ class _Rewriting:
         return self.int8[node]
 
     def _as_float(self, node: fx.Node) -> fx.Node:
-        q = self._as_int8(node)
-        scale = _scale(self.magnitudes[self._source(node)])
-        return self._after(q, dequantize_tensor, q, scale)
+        q, grid = self._as_int8(node), self.grids[self._source(node)]
+        return self._after(q, dequantize_tensor, q, grid.scale, grid.zero_point)
 
     def _after(self, place: fx.Node, function: Any, *args: Any) -> fx.Node:
         with self.graph.inserting_after(place):
@@ -386,46 +459,31 @@ class _Rewriting:
 
     def _made_int8(self, node: fx.Node) -> fx.Node:
         if self._source(node) is not node:
-            inner = self._as_int8(node.args[0])
-            with self.graph.inserting_after(max(node, inner, key=self._position)):
-                moved = self.graph.node_copy(node)
-            moved.replace_input_with(node.args[0], inner)
-            if isinstance(self._module(node), nn.MaxPool2d):
-                moved.target = f"{node.target}_int8"
-                self.traced.set_submodule(moved.target, QuantizedMaxPool2d(self._module(node)))
-            return moved
-        scale = _scale(self.magnitudes[node])
+            return self._moved(node)
+        grid = self.grids[node]
         value, low, high = node, INT8_MIN, INT8_MAX
-        if self._is_relu(node) and len(node.args[0].users) == 1 and self._float_is_unused(node):
-            value, low = node.args[0], 0
+        if self._is_relu(node) and self._end(node.args[0]) is node and self._float_is_unused(node):
+            value, low = node.args[0], grid.zero_point
             if self._is(node, (nn.ReLU6,), (F.relu6,), ()):
-                high = min(high, round(6 / scale))
-        if value in self.made and (value is not node or self._float_is_unused(node)):
-            self.made[value].give_int8(scale, low, high)
+                high = min(high, round(6 / grid.scale) + grid.zero_point)
+        if value in self.made and self._float_is_unused(node):
+            self.made[value].give_int8(grid.scale, grid.zero_point, low, high)
             return value
-        if value in self.additions and self._float_is_unused(node):
-            for y, other in (value.args, value.args[::-1]):
-                if y in self.made and len(y.users) == 1 and other.target is dequantize_tensor:
-                    q, other_scale = other.args
-                    self.made[y].in_units_of(scale)
-                    factor = other_scale / scale
-                    return self._after(node, add_and_quantize, y, q, factor, low, high)
-        return self._after(node, quantize_tensor, node, scale)
+        if value in self.sums:
+            found = self.sums[value]
+            q, other = self._as_int8(found.other), self.grids[self._source(found.other)]
+            self.made[found.layer].give(grid.scale, grid.zero_point - other.zero_point)
+            return self._after(node, add_and_quantize, found.layer, q, low, high)
+        return self._after(node, quantize_tensor, node, grid.scale, grid.zero_point)
 
-    def _position(self, node: fx.Node) -> int:
-        return list(self.graph.nodes).index(node)
-
-    def _is_relu(self, node: fx.Node) -> bool:
-        return self._is(node, (nn.ReLU, nn.ReLU6), _RELUS, ("relu", "relu_"))
-
-    def _float_is_unused(self, node: fx.Node) -> bool:
-        """Whether all that reads a node reads int8: quantised layers and additions."""
-        for user in node.users:
-            if user in self.made or user in self.int8.values():
-                continue
-            if user in self.additions and self._source(node) in self.wanted:
-                continue
-            if self._source(user) is not user and self._float_is_unused(user):
-                continue
-            return False
-        return True
+    def _moved(self, node: fx.Node) -> fx.Node:
+        """A copy of an operation that only picks or moves values, of int8 ones."""
+        inner = self._as_int8(node.args[0])
+        last = max(node, inner, key=list(self.graph.nodes).index)
+        with self.graph.inserting_after(last):
+            moved = self.graph.node_copy(node)
+        moved.replace_input_with(node.args[0], inner)
+        if isinstance(self._module(node), nn.MaxPool2d):
+            moved.target = f"{node.target}_int8"
+            self.traced.set_submodule(moved.target, QuantizedMaxPool2d(self._module(node)))
+        return moved

@@ -7,17 +7,26 @@ the residual stream of a transformer: rounded twice a layer, it makes most of th
 a bfloat16 model and a float32 one. `bench/quality.py` has figures.
 
 Operands of library calls stay as they are: the matrix engine wants bfloat16. A product's result is
-widened if the graph itself goes on with nothing but float32 from there (`logits.float()`).
+widened if the graph itself goes on with nothing but float32 from there (`logits.float()`). What
+only moves bfloat16 values, or takes the larger of two, rounds nothing: it stays as it is, too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from pagoda.compiler.loop_nest import LOW_PRECISION, LoopNest
+from pagoda.compiler.loop_nest import (
+    LOW_PRECISION,
+    Constant,
+    Load,
+    LoopNest,
+    Pointwise,
+    Store,
+)
 from pagoda.compiler.region import KernelCall, LibraryCall, Region
 
-WIDE = "float32"
+WIDE, NARROW = "float32", "bfloat16"
 _PRODUCTS = ("mm", "bmm", "addmm")
 
 
@@ -41,12 +50,39 @@ def widen_temporaries(region: Region) -> Region:
     for step in region.steps:
         if not _goes_on_in_float32(step):
             wide.difference_update(products.intersection(step.reads()))
+    for step in region.steps:
+        wide.difference_update(_exact(step, wide))
     buffers = tuple(
         replace(buffer, dtype=WIDE) if number in wide else buffer
         for number, buffer in enumerate(region.buffers)
     )
     steps = tuple(_widen(step, wide) for step in region.steps)
     return replace(region, buffers=buffers, steps=steps)
+
+
+def _exact(step: KernelCall, wide: set[int]) -> set[int]:
+    """Buffers to which the step's nest moves bfloat16 values as they are: nothing is rounded."""
+    nest = step.kernel
+    if not isinstance(nest, LoopNest):
+        return set()
+
+    def exact(number: int) -> bool:
+        match nest.body[number]:
+            case Load(param, _, _, _, other):
+                view = step.args[param]
+                narrow = nest.params[param].dtype == NARROW and view.buffer not in wide
+                return narrow and other in (0, math.inf, -math.inf)
+            case Constant(value):
+                return value in (0, 1, math.inf, -math.inf)
+            case Pointwise("maximum" | "minimum", operands):
+                return all(map(exact, operands))
+            case Pointwise("where", (_, *operands)):
+                return all(map(exact, operands))
+        return False
+
+    stores = [op for op in nest.body if isinstance(op, Store)]
+    rounded = {op.param for op in stores if op.mode != "set" or not exact(op.value)}
+    return {step.args[op.param].buffer for op in stores if op.param not in rounded}
 
 
 def _may_widen(step: KernelCall, position: int) -> bool:
