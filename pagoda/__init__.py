@@ -40,6 +40,13 @@ def compile(model: Any, **options: Any) -> Any:
     return compile(model, **options)
 
 
+def kernel_op(name: str, kernel: Any, result: Any, reference: Any = None, **values: Any) -> Any:
+    """A kernel as a torch operation; see `pagoda.pytorch.kernel_op.kernel_op`, docs/kernels.md."""
+    from pagoda.pytorch.kernel_op import kernel_op
+
+    return kernel_op(name, kernel, result, reference, **values)
+
+
 def profile() -> AbstractContextManager[Any]:
     """Where the chip's cycles go in the `with` block; see `pagoda.pytorch.chip.profile`."""
     from pagoda.pytorch.chip import profile

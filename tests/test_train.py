@@ -15,11 +15,14 @@ from click.testing import CliRunner
 
 import pagoda
 from pagoda.cli.train import train as command
+from pagoda.llm.model import build_model
+from pagoda.llm.tiny_model import random_state, tiny_config
 from pagoda.train import text as texts
 from pagoda.train.checkpoint import Checkpoint, load_checkpoint
 from pagoda.train.errors import TrainError
 from pagoda.train.gpt import GPT, GPTConfig, training_macs
 from pagoda.train.loop import CHECKPOINT, Trainer
+from pagoda.train.lora import LoraModel
 from pagoda.train.text import brown_corpus, plain_text, windows, write_atomically
 
 CONFIG = GPTConfig(layers=1, width=32, heads=2, context=32, vocabulary=64)
@@ -293,3 +296,35 @@ def test_macs_of_gpt_2():
     tokens, pairs = 1024, 1024 * 1025 // 2
     forward = tokens * (12 * 12 * 768**2 + 768 * 50257) + 12 * 2 * 768 * pairs
     assert training_macs(GPTConfig(), 1, 1024) == 3 * forward
+
+
+# LoRA --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_factors_beside_a_language_model(tmp_path):
+    """Losses are torch's; only the factors change, and they do."""
+    config = tiny_config()
+    ids = torch.arange(3000) * 7 % 50 + 10
+    found = windows(ids, 32, 0, "the text", "tokens")
+
+    def model() -> LoraModel:
+        torch.manual_seed(0)
+        state = random_state(config)
+        return LoraModel(build_model(config, state), 4, 8.0)
+
+    pagoda.use_chip("edge")
+    made = Trainer(model(), found, {}, 2, 1e-2, tmp_path, 10, 10)
+    assert all(name.endswith((".a", ".b")) for name in made.trained)
+    list(made.run(10))
+
+    reference, wanted = model(), []
+    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(10):
+        loss = reference(*found.batch(step, 2))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(loss.item())
+    assert made.losses == pytest.approx(wanted, rel=1e-2)
+    assert wanted[-1] < 0.9 * wanted[0]

@@ -48,7 +48,7 @@ def gpt_task(
 def lora_task(text: bytes, seed: int, path: Path | None, rank: int) -> Task:
     """SmolLM2, or the model of another file, with factors to be trained. Raises ModelError."""
     path = path or find_weights()
-    tokenizer = Tokenizer(ModelFile(path))
+    tokenizer = Tokenizer(ModelFile(path).tokenizer_parts())
     torch.manual_seed(seed)
     ids = torch.tensor(tokenizer.encode(text.decode("utf-8", "replace")), dtype=torch.int64)
     model = LoraModel(load_model(path), rank, 2.0 * rank)
