@@ -21,7 +21,7 @@ TYPES = {"float32": DType.F32, "bfloat16": DType.BF16, "int32": DType.I32, "int8
 
 @dataclass(frozen=True)
 class UserKernel:
-    """function: parameters are tensors, the result first; values: of its compile-time parameters."""
+    """function: parameters are tensors, the result first; values: its compile-time parameters."""
 
     function: KernelFunction
     values: Mapping[str, Any]
