@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numba
 import platformdirs
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.extending import intrinsic
@@ -288,6 +288,24 @@ def pause(typing_context):
             kind = ir.FunctionType(ir.VoidType(), [word] * len(numbers))
             function = cgutils.get_or_insert_function(builder.module, kind, name)
             builder.call(function, [word(number) for number in numbers])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+# Threads that wait for another without giving way keep it from running where there are more threads
+# than processors. Windows has no such function; its scheduler evens this out by itself.
+_GIVE_WAY = "sched_yield"
+
+
+@intrinsic
+def give_way(typing_context):
+    """Let another thread have the processor, if one wants it."""
+
+    def generate(context, builder, signature, arguments):
+        if binding.address_of_symbol(_GIVE_WAY) is not None:
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, _GIVE_WAY), [])
         return context.get_dummy_value()
 
     return types.void(), generate

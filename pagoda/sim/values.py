@@ -17,6 +17,7 @@ from pagoda.sim.jit import (
     atomic_add,
     atomic_load,
     atomic_store,
+    give_way,
     jit,
     pause,
 )
@@ -62,6 +63,7 @@ _COUNT_MASK = (1 << _COUNT_BITS) - 1
 _SHORT_LOAD = 1 << 10  # bytes
 # A chunk should take some microseconds: to claim one takes a tenth of one.
 _CHUNK_MACS = 1 << 17
+_IMPATIENT_TURNS = 1 << 12  # of a waiting loop, some tens of microseconds, before it gives way
 
 
 @jit
@@ -152,12 +154,25 @@ def is_ahead(st, e, bank, jobs):
 
 
 @jit
+def _wait(turns):
+    """One turn of a loop that waits for another thread; returns how many that makes."""
+    if turns < _IMPATIENT_TURNS:
+        pause()
+    else:
+        give_way()
+    return turns + 1
+
+
+@jit
 def wait_for(st, number, jobs, sram, acc, scratch):
     """Until the helper has executed this command; meanwhile, take part in its matmuls."""
     shared = st[JOBS_AT]
+    turns = 0
     while atomic_load(shared + 8 * COMPLETED) < number:
-        if not _take_chunk(shared, jobs, sram, acc, scratch):
-            pause()
+        if _take_chunk(shared, jobs, sram, acc, scratch):
+            turns = 0
+        else:
+            turns = _wait(turns)
 
 
 @jit
@@ -181,12 +196,14 @@ def serve(st, jobs, sram, acc, scratch):
     """Execute what is posted until STOP is set and nothing is left. st: the helper's own state."""
     shared = st[JOBS_AT]
     number = atomic_load(shared + 8 * COMPLETED)
+    turns = 0
     while True:
         if number == atomic_load(shared + 8 * _NEWEST):
             if atomic_load(shared + 8 * STOP):
                 return
-            pause()
+            turns = _wait(turns)
             continue
+        turns = 0
         number += 1
         at = _RING + _SLOT_WORDS * (number % _RING_SLOTS)
         bank = jobs[at + _BANK]
@@ -226,8 +243,9 @@ def _share_matmul(st, macs, jobs, sram, acc, scratch):
     atomic_store(shared + 8 * _TICKET, chunks << _COUNT_BITS)
     while _take_chunk(shared, jobs, sram, acc, scratch):
         pass
+    turns = 0
     while atomic_load(shared + 8 * _DONE) < chunks:
-        pause()
+        turns = _wait(turns)
 
 
 @jit
