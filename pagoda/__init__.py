@@ -48,6 +48,13 @@ def quantize(model: Any, calibration_inputs: Any = None, *, dynamic: bool = Fals
     return quantize(model, calibration_inputs, dynamic=dynamic)
 
 
+def kernel_op(name: str, kernel: Any, result: Any, reference: Any = None, **values: Any) -> Any:
+    """A kernel as a torch operation; see `pagoda.pytorch.kernel_op.kernel_op`, docs/kernels.md."""
+    from pagoda.pytorch.kernel_op import kernel_op
+
+    return kernel_op(name, kernel, result, reference, **values)
+
+
 def profile() -> AbstractContextManager[Any]:
     """Where the chip's cycles go in the `with` block; see `pagoda.pytorch.chip.profile`."""
     from pagoda.pytorch.chip import profile

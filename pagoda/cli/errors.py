@@ -5,9 +5,11 @@ from pagoda.compiler.errors import CompileError, ModelFileError, Unsupported
 from pagoda.isa.chip import ChipError
 from pagoda.llm import ModelError
 from pagoda.runtime import DeviceFault, OutOfDeviceMemory
+from pagoda.train.errors import TrainError
 
 USER_ERRORS = (
     ChipError, CompileError, ModelError, ModelFileError, DeviceFault, OutOfDeviceMemory, ToolError,
+    TrainError,
     Unsupported,
 )  # fmt: skip
 

@@ -65,8 +65,9 @@ from pagoda.compiler.loop_nest import ITEMSIZE, LoopNest, Store
 # convolution_weight   out[o,c,ky,kx] = sum over n, y, x of g[n,o,y,x] * x[n, c, y stride_h +
 #          ky dilation_h - pad_top, x stride_w + kx dilation_w - pad_left]: the gradient for w where
 #          g is that for the result; x and g with channels last, out with c contiguous
+# user_kernel   what the kernel of that name in `kernels.user` does, whose source has that hash
 #
-# All of these accumulate in float32 and round once, on the way out (the weights of softmax may be
+# All but that accumulate in float32 and round once, on the way out (the weights of softmax may be
 # rounded to the type of v before they meet it: a kernel's choice). How exactly they multiply
 # float32 operands is the call's `precision`; a convolution of them is depthwise or has one tap.
 LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -100,6 +101,7 @@ LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "mask?", "row_seeds?", "column_seeds?"),
         ("causal", "scale", "dropout"),
     ),
+    "user_kernel": (("out", "..."), ("kernel", "source")),
 }
 OUTPUTS = {"sdpa_training": 2, "sdpa_backward": 3}
 """How many arguments are outputs, where it is not one."""

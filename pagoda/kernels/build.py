@@ -36,6 +36,7 @@ from pagoda.kernels.convolution_transposed import expand_transposed
 from pagoda.kernels.fusion import FusedCall, fuse
 from pagoda.kernels.grouped import grouped_for
 from pagoda.kernels.matmul_call import matmul_for
+from pagoda.kernels.user import user_kernel_for
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ def _prepare(step: KernelCall | FusedCall, chip: Chip, symbols: Mapping[str, int
             return _Step(kernel, _words(kernel, views, {}), step)
         if step.kernel.name == "convolution":
             kernel, views = convolution_for(step, chip, symbols)
+            return _Step(kernel, _words(kernel, views, {}), step)
+        if step.kernel.name == "user_kernel":
+            kernel, views = user_kernel_for(step)
             return _Step(kernel, _words(kernel, views, {}), step)
     raise CompileError(
         f"step {step.origin!r}", "a step is a loop nest or a kernel of the library",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from pagoda.kernels.user import sources
 from pagoda.pytorch.matmul_precision import matmul_precision
 
 aten = torch.ops.aten
@@ -17,8 +18,9 @@ aten = torch.ops.aten
 
 class GraphPass(CustomGraphPass):
     """Rewrites graphs for this device. Its `uuid` is part of Inductor's cache keys: it covers all
-    that shapes a region beside the graph, the code and the float32 matmul precision, so that a
-    cached region is never older than these. places: digest of the places that it names."""
+    that shapes a region beside the graph, the code, the float32 matmul precision and the user's own
+    kernels, so that a cached region is never older than these. places: digest of the places that it
+    names."""
 
     def __init__(self, places: str = "") -> None:
         self.places = places
@@ -27,7 +29,7 @@ class GraphPass(CustomGraphPass):
         share_heads(graph)
 
     def uuid(self) -> str:
-        return f"{source_hash()} {matmul_precision()} {self.places}"
+        return f"{source_hash()} {matmul_precision()} {sources()} {self.places}"
 
 
 class BiasPass(GraphPass):

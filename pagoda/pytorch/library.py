@@ -9,6 +9,7 @@ import torch
 from pagoda.pytorch.attention import SCHEMAS
 from pagoda.pytorch.convolution import convolution_call
 from pagoda.pytorch.errors import Unsupported, source
+from pagoda.pytorch.kernel_op import kernel_call
 
 
 def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
@@ -16,6 +17,7 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
 
     Raises `Unsupported`, naming the operation, if the library has no such kernel.
     """
+    attributes: tuple[tuple[str, Any], ...] | None
     op = getattr(node, "op_overload", None)
     name = _name(op, node)
     if name in ("mm", "bmm"):
@@ -28,7 +30,7 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
         names = (*SCHEMAS[name], "causal", "scale", "lower_right", "dropout")
         bound = dict(zip(names, args, strict=False)) | kwargs
         causal = "lower right" if bound.get("lower_right") else bool(bound["causal"])
-        attributes: tuple[tuple[str, Any], ...] = (
+        attributes = (
             ("causal", causal),
             ("scale", float(bound["scale"])),
         )
@@ -40,6 +42,9 @@ def library_call(node: Any) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]
         return "grouped_mm", (), list(node.inputs)
     if name.startswith("pagoda::convolution"):
         return convolution_call(node)
+    attributes = kernel_call(name)
+    if attributes is not None:
+        return "user_kernel", attributes, list(node.inputs)
     raise Unsupported(
         f"operation {name} is not supported on device pagoda: it is neither a loop nest nor one "
         "of the library kernels (mm, bmm, addmm, scaled_dot_product_attention, convolution). "
