@@ -139,11 +139,12 @@ def test_training():
 def test_int8_weights_stay_int8():
     module, x, _ = judged(quantised(), (4, 16))
     assert {name: b.dtype for name, b in module.named_buffers() if b.dim() == 2} == {
-        "w": torch.int8
+        "w_turned": torch.int8
     }
     exported = str(torch.export.export(module, (x,)).graph)
     for operation in ("quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"):
         assert f"quantized_decomposed.{operation}.default" in exported
+    assert "aten.linear.default" in exported  # what int8 kernels are made from
 
 
 def test_an_older_opset_is_converted():

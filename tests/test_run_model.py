@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +92,24 @@ def test_a_python_file(pagoda, folder, how):
     assert rows["stem"]["utilisation"] == pytest.approx(wanted, abs=1e-4)
     assert found["outputs"] == {"output0": [2, 10]}
     assert np.load("y.npz")["output0"].shape == (2, 10)
+
+
+def test_the_example_of_the_documents(pagoda, folder):
+    text = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    (example,) = re.findall(r"say `net.py`:\n\n```python\n(.*?)```", text, re.DOTALL)
+    shown = re.findall(r"```\n(net.py on edge.*?)```", text, re.DOTALL)[0].splitlines()
+    (folder / "net.py").write_text(example)
+    code, out, _ = pagoda("run", "net.py", "--check")
+    assert code == 0
+
+    def words(lines):
+        return [line.split()[0] for line in lines if line.strip() and not line.startswith(" ")]
+
+    printed = words(out.splitlines())
+    assert [word for word in words(shown) if word not in printed] == []
+    command = importlib.import_module("pagoda.cli.run").run
+    options = {name for option in command.params for name in option.opts if name[:2] == "--"}
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
 
 
 def test_an_onnx_file(pagoda, folder):

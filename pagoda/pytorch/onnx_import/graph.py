@@ -41,13 +41,15 @@ _REMEDY = "export the model without it, or rewrite that part of it"
 @dataclass
 class _Value:
     """A tensor of the graph. constant: its value, where it is known. node: None for a constant that
-    no other node has used yet. weight: of the file. kept: computed by a node all the same."""
+    no other node has used yet. weight: of the file. kept: computed by a node all the same,
+    `source`."""
 
     fake: torch.Tensor
     node: torch.fx.Node | None = None
     constant: torch.Tensor | None = None
     weight: bool = False
     kept: bool = False
+    source: onnx.NodeProto | None = None
     name: str = ""
 
 
@@ -76,7 +78,10 @@ class GraphBuilder:
         results = [self._node_of(self._value(out.name)) for out in graph.output]
         self.graph.output(results[0] if len(results) == 1 else tuple(results))
         module = torch.fx.GraphModule(self.root, self.graph, class_name="OnnxModel")
-        return module.eval()
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        # A module is made with what its graph names: so the second one lacks what was dropped.
+        return torch.fx.GraphModule(module, module.graph, class_name="OnnxModel").eval()
 
     def _add(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
@@ -234,6 +239,8 @@ class GraphBuilder:
     def _call(self, node: onnx.NodeProto, operator: Operator, attributes: dict[str, Any]) -> None:
         names = list(node.input)
         inputs = [self._value(name) if name else None for name in names]
+        if node.op_type == "MatMul" and (turned := self._turned(inputs[1])) is not None:
+            operator, inputs[1] = Operator(layers.linear), turned
         if operator.takes("types"):
             attributes["types"] = tuple(None if v is None else v.fake.dtype for v in inputs)
         for position, parameter in operator.constants.items():
@@ -272,7 +279,28 @@ class GraphBuilder:
             fake = results[number] if several else results
             before = self.values.get(name) if known else None
             constant = before.constant if before is not None else None
-            self.values[name] = _Value(fake, one, constant, kept=constant is not None)
+            source = None if constant is None else node
+            self.values[name] = _Value(
+                fake, one, constant, kept=constant is not None, source=source
+            )
+
+    def _turned(self, value: _Value | None) -> _Value | None:
+        """A quantised matrix as `linear` takes it; None for any other operand."""
+        if value is None or value.source is None or value.fake.dim() != 2:
+            return None
+        node = onnx.NodeProto()
+        node.CopyFrom(value.source)
+        matrix, result = f"{node.input[0]}_turned", f"{node.output[0]}_turned"
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        if result not in self.values:
+            turned = self._value(node.input[0]).constant.t().contiguous()
+            self.values[matrix] = _Value(turned, constant=turned, weight=True, name=matrix)
+            kept = [a for a in value.source.attribute if a.name != "axis"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("axis", 1 - axis % 2)])
+            node.input[0], node.output[0] = matrix, result
+            self._add_node(node)
+        return self.values[result]
 
     def _fake(self, value: _Value | None) -> torch.Tensor | None:
         if value is None:

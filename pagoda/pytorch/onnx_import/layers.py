@@ -16,8 +16,15 @@ def matmul(a, b):
     return torch.matmul(a, b)
 
 
+def linear(x, w):
+    """MatMul with a weight that was turned, [o, k], when the graph was made."""
+    return F.linear(x, w)
+
+
 @operator("Gemm")
 def gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0):
+    if transB and not transA and alpha == 1 and beta == 1 and (c is None or c.dim() == 1):
+        return F.linear(a, b, c if c is None or c.shape[0] == b.shape[0] else c.expand(b.shape[0]))
     a, b = (a.t() if transA else a), (b.t() if transB else b)
     if c is not None and alpha == 1 and beta == 1 and c.dim() == 1 and c.shape[0] == b.shape[1]:
         return torch.addmm(c, a, b)

@@ -72,7 +72,7 @@ def dequantize(x, scale, zero=None, *, axis=1, block_size=0, output_dtype=0, typ
     else:
         zeros, axis = _zeros(zero, scale), axis % x.dim()
         y = _quantised.dequantize_per_channel(x, scale, zeros, axis, low, high, kind)
-    return y.to(to)
+    return y if y.dtype == to else y.to(to)
 
 
 @operator("DynamicQuantizeLinear")
