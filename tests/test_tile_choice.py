@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 from compiler_support import bfloat16, run_kernel
 
-from pagoda.compiler.cost import MatmulPlan, MatmulShape, choose_matmul, legal_plans
+from pagoda.compiler.cost import (
+    EpilogueCost,
+    MatmulPlan,
+    MatmulShape,
+    choose_matmul,
+    legal_plans,
+)
 from pagoda.compiler.language import TensorType
 from pagoda.isa.chip import PRESETS, Chip
 from pagoda.isa.numbers import DType
@@ -115,3 +121,11 @@ def test_the_choice_is_near_the_best_of_a_short_search(chip, number):
 def test_the_choice_is_near_the_best_of_a_long_search(chip, number):
     ratio, report = ratio_to_the_best(PRESETS[chip], number, RANDOM, STEPS)
     assert ratio <= ALLOWED, report
+
+
+def test_an_epilogue_may_be_stores_alone():
+    """Sums that are stored as they are cost what a product without an epilogue does."""
+    shape = MatmulShape(1, 512, 512, 512, output_bytes=4)
+    stores = EpilogueCost(commands=0, cycles=0, tile_bytes=0, loaded_bytes=0, stored_bytes=(4,))
+    plain = choose_matmul(PRESETS["edge"], shape).cycles
+    assert choose_matmul(PRESETS["edge"], replace(shape, epilogue=stores)).cycles <= 1.05 * plain

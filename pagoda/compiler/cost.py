@@ -144,6 +144,8 @@ class _Timeline:
         if cost.loaded_bytes:
             size = cost.loaded_bytes
             there = max(there, self.load(port_cycles(chip, m, n, shape.n, size), 0.0))
+        if cost.commands == 0:  # the sums are stored as they are, converted on their way
+            return there
         self.control += cost.commands * ISSUE_CYCLES
         begin = max(self.vector, there, self.control - cost.commands * ISSUE_CYCLES)
         group = timing.vector(chip, m, n, 0, 0).occupancy
