@@ -25,8 +25,8 @@ import torch
 
 from pagoda.kernels.float32 import TERMS, products
 from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.in_memory import in_memory
 from pagoda.pytorch.matmul_precision import matmul_precision
-from pagoda.pytorch.padded_pooling import in_memory
 
 Ints = Sequence[int]
 
