@@ -117,6 +117,18 @@ def test_layer_by_layer():
 
 
 @torch.no_grad()
+def test_model_on_the_device():
+    """Ranges are found where the model lies, and so does the copy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 25, 5)).eval()
+    x = images(size=5).contiguous()
+    on_host = pagoda.quantize(model, x)
+    there = pagoda.quantize(model.to("pagoda"), x.to("pagoda"))
+    assert all(buffer.device.type == "pagoda" for buffer in there.buffers())
+    assert near(there(x.to("pagoda")).cpu(), on_host(x), 0.01)
+
+
+@torch.no_grad()
 def test_dynamic():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 5)).eval()

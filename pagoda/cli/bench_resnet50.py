@@ -36,13 +36,13 @@ def enlarged(chip: Chip) -> Chip | None:
 
 
 def measure(
-    chip: Chip, dtype: str, batch: int, size: int, console: Console
+    chip: Chip, dtype: str, batch: int, size: int, layers: bool, console: Console
 ) -> tuple[dict[str, object], Figures]:
-    """The row of one type, and the figures it was made from."""
+    """The row of one type, and the figures it was made from, with `layers` with a profile."""
     from pagoda.pytorch.vision_figures import host_seconds, run
 
     with console.status(f"resnet50 {dtype} on {chip.name}"):
-        found = run(chip, "resnet50", dtype, batch, size)
+        found = run(chip, "resnet50", dtype, batch, size, layers)
         torch_seconds = host_seconds("resnet50", batch, size)
     row: dict[str, object] = {
         "dtype": dtype,
@@ -60,7 +60,7 @@ def measure(
         row["utilisation_64"] = round(there.utilisation, 4)
         row["scaling_64"] = round(found.cycles / there.cycles, 2)
     with console.status(f"mobilenet_v2 {dtype} on {chip.name}"):
-        mobile = run(chip, "mobilenet_v2", dtype, batch, size)
+        mobile = run(chip, "mobilenet_v2", dtype, batch, size, profiled=True)
     row["mobilenet_v2"] = {
         "cycles": mobile.cycles,
         "depthwise_cycles": mobile.depthwise_cycles,
@@ -94,7 +94,7 @@ def resnet50(
     console = Console(stderr=True)
     rows = []
     for each in TYPES if dtype is None else (dtype,):
-        row, figures = measure(chip, each, batch, size, console)
+        row, figures = measure(chip, each, batch, size, layers, console)
         rows.append(row)
         if layers:
             click.echo(f"resnet50 {each}: {figures.profile}\n")

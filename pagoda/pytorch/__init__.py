@@ -8,7 +8,7 @@ installed Pagoda is imported by torch itself (`pagoda.autoload`). The first tens
 `edge` unless `pagoda.use_chip` was called; Inductor is imported then too.
 """
 
-from pagoda.pytorch import library
+from pagoda.pytorch import int8, library
 from pagoda.pytorch.device import use
 
-__all__ = ["library", "use"]
+__all__ = ["int8", "library", "use"]

@@ -18,7 +18,7 @@ import torch
 
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.float32_terms import in_terms
-from pagoda.pytorch.padded_pooling import in_memory
+from pagoda.pytorch.in_memory import in_memory
 
 Ints = Sequence[int]
 

@@ -17,21 +17,12 @@ import torch
 from torch._inductor.lowering import register_lowering
 from torch.nn.functional import pad
 
+from pagoda.pytorch.in_memory import in_memory
+
 aten = torch.ops.aten
 
 MOST_TAPS = 25
 MOST_PIXELS = 64  # added up by unrolled code
-
-
-@torch.library.custom_op("pagoda::in_memory", mutates_args=(), device_types="cpu")
-def in_memory(x: torch.Tensor) -> torch.Tensor:
-    """x, which a compiled graph then holds in memory instead of computing it where it is used."""
-    return x.clone()
-
-
-@in_memory.register_fake
-def _(x):
-    return torch.empty_like(x)
 
 
 @register_lowering(torch.ops.pagoda.in_memory.default, type_promotion_kind=None)

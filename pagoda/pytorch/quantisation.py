@@ -60,11 +60,12 @@ def _scale(magnitude: float, steps: int = INT8_MAX) -> float:
 
 
 class _Layer(nn.Module):
-    """Weight and bias of a quantised layer, and what it gives (`end`): floats, or int8 values."""
+    """Weight and bias of a quantised layer, and what it gives (`end`): floats, or int8 values. Made
+    on the CPU, where there is float64."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input_scale: float, input_zero_point: int):
         super().__init__()
-        weight = layer.weight.detach().float()
+        weight = layer.weight.detach().cpu().float()
         magnitudes = weight.abs().flatten(1).amax(1)
         scales = torch.where(magnitudes > 0, magnitudes / INT8_MAX, 1.0)
         each = scales.view(-1, *[1] * (weight.dim() - 1))
@@ -72,7 +73,7 @@ class _Layer(nn.Module):
         if q.dim() == 4:
             q = q.contiguous(memory_format=torch.channels_last)
         sums = scales * input_scale
-        bias = None if layer.bias is None else layer.bias.detach()
+        bias = None if layer.bias is None else layer.bias.detach().cpu()
         self.register_buffer("weight", q)
         self.register_buffer("scale", sums)
         self.register_buffer("bias", bias_for(q, bias, sums, input_zero_point))
@@ -141,7 +142,7 @@ class DynamicQuantizedLinear(_Layer):
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer, 1.0, 0)
-        self.bias = None if layer.bias is None else layer.bias.detach()
+        self.bias = None if layer.bias is None else layer.bias.detach().cpu()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         magnitude = x.abs().amax().float()
@@ -172,10 +173,11 @@ def quantize(
             f"pagoda.quantize: the model must contain an {names}, but {type(model).__name__} has "
             "none; only these layers are quantised"
         )
+    device = next(quantised.parameters()).device
     if dynamic:
         return _replaced(quantised, lambda name, layer: (
             DynamicQuantizedLinear(layer) if isinstance(layer, nn.Linear) else None
-        ))  # fmt: skip
+        )).to(device)  # fmt: skip
     batches = list(_batches(calibration_inputs))
     if not batches:
         raise ValueError(
@@ -184,13 +186,13 @@ def quantize(
         )
     traced = _traced(quantised)
     if traced is None:
-        return _by_layers(quantised, batches)
+        return _by_layers(quantised, batches).to(device)
     _fold(traced)
     with torch.no_grad():
         ranges = _Ranges(traced)
         for args, kwargs in batches:
             ranges.see(*args, **kwargs)
-    return _Rewriting(traced, ranges.magnitudes).run()
+    return _Rewriting(traced, ranges.magnitudes).run().to(device)
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:

@@ -24,37 +24,39 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Figures:
-    """One inference. macs: of the model as it is written, padding not counted; those of depthwise
-    convolutions, which are the vector engine's work, apart."""
+    """One inference: its cycles, and the host's seconds for them. macs: of the model as it is
+    written, padding not counted; those of depthwise convolutions, which are the vector engine's
+    work, apart. profile: of another run, if one was asked for."""
 
+    chip: Chip
     macs: int
     depthwise_macs: int
-    profile: Profile
+    cycles: int
     seconds: float
-
-    @property
-    def cycles(self) -> int:
-        return self.profile.cycles
+    profile: Profile | None
 
     @property
     def utilisation(self) -> float:
         """Share of the matrix engines' peak in all cycles of the model."""
-        return self.macs / (self.profile.chip.macs_per_cycle * self.cycles)
+        return self.macs / (self.chip.macs_per_cycle * self.cycles)
 
     @property
     def depthwise_cycles(self) -> int:
+        assert self.profile is not None
         return sum(row.cycles for row in self.profile.rows if row.kernel == DEPTHWISE)
 
     @property
     def depthwise_lane_utilisation(self) -> float:
         """Share of the vector lanes' peak, a MAC each a cycle, in the cycles of those layers."""
-        chip = self.profile.chip
-        possible = self.depthwise_cycles * chip.cores * chip.lanes
+        possible = self.depthwise_cycles * self.chip.cores * self.chip.lanes
         return self.depthwise_macs / possible if possible else 0.0
 
 
-def run(chip: Chip, network: str, dtype: str, batch: int, size: int) -> Figures:
-    """A network on random images: dtype "bf16", its batch norms folded, or "int8" (`quantize`)."""
+def run(
+    chip: Chip, network: str, dtype: str, batch: int, size: int, profiled: bool = False
+) -> Figures:
+    """A network on random images: dtype "bf16", its batch norms folded, or "int8" (`quantize`).
+    profiled: run it once more, with a profile."""
     model, images = _model(network), _images(batch, size)
     macs, depthwise = count_macs(model, images[:1])
     with torch.no_grad():
@@ -62,16 +64,19 @@ def run(chip: Chip, network: str, dtype: str, batch: int, size: int) -> Figures:
             ready, given = quantize(model, images[:1]), images
         else:
             ready, given = fold_batch_norms(model).bfloat16(), images.bfloat16()
-        use_chip(chip)
+        opened = use_chip(chip)
         reset()
         compiled = torch.compile(ready.to(memory_format=torch.channels_last).to(NAME), backend=NAME)
         given = given.to(NAME)
         compiled(given)
-        begun = time.perf_counter()
-        with profile() as found:
-            compiled(given).cpu()
-        seconds = time.perf_counter() - begun
-    return Figures(macs * batch, depthwise * batch, found, seconds)
+        before, begun = opened.cycles, time.perf_counter()
+        compiled(given)
+        cycles, seconds = opened.cycles - before, time.perf_counter() - begun
+        found = None
+        if profiled:
+            with profile() as found:
+                compiled(given)
+    return Figures(chip, macs * batch, depthwise * batch, cycles, seconds, found)
 
 
 def host_seconds(network: str, batch: int, size: int) -> float:
