@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+import pagoda
 from pagoda.pytorch.onnx_import import load_onnx
 from pagoda.pytorch.onnx_import.graph import TABLE
 
@@ -44,8 +45,9 @@ def supported(case) -> bool:
     )
 
 
-def run(case) -> None:
-    """Inputs that torch needs to know beforehand are constants here, as in exported models."""
+def run(case, prepare=None) -> None:
+    """Inputs that torch needs to know beforehand are constants here, as in exported models.
+    prepare: the module, ready for the device."""
     inputs, expected = case.data_sets[0]
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
@@ -67,14 +69,17 @@ def run(case) -> None:
             given[declared.name] = torch.tensor(np.asarray(array))
     found = load_onnx(model, shapes={name: tuple(t.shape) for name, t in given.items()})
     with torch.no_grad():
-        results = found.module(*given.values())
+        if prepare is None:
+            results = found.module(*given.values())
+        else:
+            results = prepare(found.module)(*(tensor.to("pagoda") for tensor in given.values()))
     results = results if isinstance(results, tuple) else (results,)
     for result, wanted in zip(results, expected, strict=True):
         wanted = np.asarray(wanted)
         assert str(result.dtype).removeprefix("torch.") == str(wanted.dtype)
         assert tuple(result.shape) == wanted.shape
         np.testing.assert_allclose(
-            result.numpy(), wanted, rtol=case.rtol, atol=max(case.atol, 1e-6)
+            result.cpu().numpy(), wanted, rtol=case.rtol, atol=max(case.atol, 1e-6)
         )
 
 
@@ -107,3 +112,28 @@ def test_global_lp_pool():
     x = torch.randn(2, 3, 4, 5)
     got = TABLE["GlobalLpPool"].function(x, p=3)
     torch.testing.assert_close(got, torch.linalg.vector_norm(x, 3, (2, 3), keepdim=True))
+
+
+# One of each kind, on the chip; every operation of torch has tests of its own there. The first ones
+# are those that only ONNX's rules make: the others run on demand.
+ON_CHIP = (
+    "test_conv_with_autopad_same", "test_convtranspose_autopad_same",
+    "test_convinteger_with_padding",
+    "test_matmulinteger", "test_qlinearconv", "test_averagepool_2d_ceil",
+    "test_maxpool_2d_dilations", "test_maxpool_with_argmax_2d_precomputed_pads",
+    "test_gru_seq_length", "test_instancenorm_epsilon", "test_reduce_l2_keep_dims_random",
+    "test_resize_downsample_scales_cubic", "test_resize_upsample_scales_linear_align_corners",
+    "test_gridsample_bilinear", "test_scatternd_add", "test_gathernd_example_int32_batch_dim1",
+    "test_top_k", "test_onehot_with_axis", "test_slice_neg_steps", "test_reflect_pad",
+    "test_cumsum_1d_int32_exclusive", "test_einsum_batch_diagonal", "test_prelu_broadcast",
+    "test_dynamicquantizelinear", "test_reversesequence_time",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if k >= 6 else []) for k, n in enumerate(ON_CHIP)],
+)
+def test_operator_on_the_chip(name):
+    pagoda.use_chip()
+    run(CASES[name], lambda module: torch.compile(module.to("pagoda"), backend="pagoda"))
