@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.terminal import drop_profiler_warning
 from pagoda.isa.chip import Chip
 
 BATCH, LENGTH = 1, 1024
@@ -23,6 +24,7 @@ def train(chip: Chip, layers: int, as_json: bool) -> None:
     from pagoda.train.figures import measure
     from pagoda.train.gpt import GPTConfig
 
+    drop_profiler_warning()
     with Console(stderr=True).status("measuring two steps, and torch's"):
         row = measure(chip, GPTConfig(layers=layers), BATCH, LENGTH)
     table = Table(box=None, show_header=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -49,6 +50,11 @@ def manners() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook, warnings.formatwarning = unraisable, layout
+
+
+def drop_profiler_warning() -> None:
+    """torch's optimizers mark their steps for a profiler; Dynamo warns that it drops the marks."""
+    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)
 
 
 def write_error(error: OSError) -> str | None:

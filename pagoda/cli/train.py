@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.terminal import drop_profiler_warning
 from pagoda.isa.chip import Chip
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def train(
     from pagoda.train.tasks import gpt_task, lora_task
     from pagoda.train.text import brown_corpus, read_text, windows
 
+    drop_profiler_warning()
     console = Console(stderr=True)
     if not resume and (out / CHECKPOINT).exists():
         raise TrainError(
