@@ -112,6 +112,11 @@ def test_the_example_of_the_documents(pagoda, folder):
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
 
 
+def test_a_kernel_goes_before_a_file_of_its_name(pagoda, folder):
+    (folder / "softmax").write_text("")
+    assert pagoda("run", "softmax", "rows=2", "cols=8", "--chip", "tiny")[0] == 0
+
+
 def test_an_onnx_file(pagoda, folder):
     relu_model("m.onnx", ("batch", 3))
     np.save("x.npy", np.array([[-1, 2, -3]], np.float32))
