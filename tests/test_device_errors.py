@@ -51,6 +51,14 @@ def test_float64():
     assert x.cpu().tolist() == [1, 1, 1] and works()
 
 
+def test_a_float64_number_beside_float32():
+    """As on the CPU, it does not change the type of the result."""
+    x, number = torch.ones(2).to(P), torch.tensor(2.5, dtype=torch.float64)
+    for found in (x * number, number - x, torch.pow(x, number), x.mul_(number)):
+        assert found.dtype == torch.float32
+    assert x.cpu().tolist() == [2.5, 2.5]
+
+
 def test_no_memory_for_a_tensor():
     with pytest.raises(OutOfDeviceMemory) as raised:
         torch.empty(512, 1024, dtype=torch.bfloat16, device=P)

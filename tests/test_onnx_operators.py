@@ -25,7 +25,8 @@ REFUSED = (  # what the messages of `require` and of the reader name
     "test_bernoulli", "test_training_dropout", "test_batchnorm_example_training",
     "test_batchnorm_epsilon_training", "test_lstm_with_peepholes", "test_nonmaxsuppression",
     "test_nonzero", "test_unique", "test_maxpool_with_argmax_2d_precomputed_strides",
-    "test_resize_tf_crop_and_resize", "test_if", "test_lppool_2d_ceil",
+    "test_quantizelinear_blocked", "test_dequantizelinear_blocked", "test_if",
+    "test_resize_tf_crop_and_resize", "test_lppool_2d_ceil",
 )  # fmt: skip
 
 

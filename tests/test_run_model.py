@@ -112,6 +112,11 @@ def test_the_example_of_the_documents(pagoda, folder):
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
 
 
+def test_a_kernel_goes_before_a_file_of_its_name(pagoda, folder):
+    (folder / "softmax").write_text("")
+    assert pagoda("run", "softmax", "rows=2", "cols=8", "--chip", "tiny")[0] == 0
+
+
 def test_an_onnx_file(pagoda, folder):
     relu_model("m.onnx", ("batch", 3))
     np.save("x.npy", np.array([[-1, 2, -3]], np.float32))
@@ -261,6 +266,38 @@ def test_bad_input(pagoda, folder, what):
     name = file if file.endswith((".py", ".onnx", ".txt")) else "gone.py"
     assert pagoda("run", name, *options) == (1, "", f"error: {message}\n")
     assert pagoda("run", "m.onnx")[0] == 0  # the device is still usable
+
+
+HOST = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return torch.matmul(x, torch.ones(3, 2))
+
+model, inputs = Net(), torch.ones(2, 3)
+"""
+
+
+def test_a_forward_that_makes_tensors_on_the_cpu(pagoda, folder):
+    (folder / "m.py").write_text(HOST)
+    start = "m.py, line 6: the model runs on the CPU, but fails on the device at `return "
+    code, out, err = pagoda("run", "m.py", "--eager")
+    assert (code, out, err) == (
+        1,
+        "",
+        (
+            f"error: {start}torch.matmul(x, torch.ones(3, 2))`: an operation on device pagoda got "
+            "a tensor of shape (3, 2) on device cpu; all tensors must be on device pagoda. Move it "
+            'with .to("pagoda").\n'
+        ),
+    )
+    code, out, err = pagoda("run", "m.py")
+    assert (code, out) == (1, "") and err == (
+        "error: m.py: the model runs on the CPU, but fails on the device: Tensor device mismatch "
+        "Explanation: Expected all tensors to be on the same device, but found at least two "
+        "devices, pagoda:0 and cpu!\n"
+    )
 
 
 def test_a_syntax_error(folder):

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pagoda.cli.library import LIBRARY
 from pagoda.isa.chip import Chip
 
 ENDINGS = (".py", ".onnx")
@@ -18,7 +19,7 @@ ENDINGS = (".py", ".onnx")
 
 def is_model_file(name: str) -> bool:
     """Whether the name is that of a model file, not of a kernel."""
-    return name.endswith(ENDINGS) or Path(name).is_file()
+    return name.endswith(ENDINGS) or (name not in LIBRARY and Path(name).is_file())
 
 
 def dimension(text: str) -> tuple[str, int]:

@@ -237,8 +237,8 @@ def _place(a: Any) -> Any:
     if not isinstance(a, torch.Tensor):
         return a
     if a.device.type != device.NAME:
-        if a.dim() == 0:
-            return a.to(device.NAME)
+        if a.dim() == 0:  # its type says only that it is a float, as in torch's own rules
+            return a.to(device.NAME, torch.float32 if a.dtype == torch.float64 else a.dtype)
         raise RuntimeError(
             f"an operation on device pagoda got a tensor of shape {tuple(a.shape)} on device "
             f'{a.device}; all tensors must be on device pagoda. Move it with .to("pagoda").'

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from pagoda.compiler.errors import ModelFileError
+from pagoda.compiler.errors import ModelFileError, Unsupported
 from pagoda.isa.chip import Chip
 from pagoda.pytorch import device
 from pagoda.pytorch.chip import profile, use_chip
 from pagoda.pytorch.layer_work import LayerWork, layer_work
 from pagoda.pytorch.model_file import ModelFile
+from pagoda.runtime import DeviceFault, OutOfDeviceMemory
 from pagoda.runtime.profile import LAUNCH, Layer, Profile
 
 # The largest error that passes, as a share of the largest value: a chain of roundings in bf16, and
@@ -90,7 +93,7 @@ def run_model(model: ModelFile, chip: Chip, check: bool = False, eager: bool = F
             torch.Tensor, lambda t: t.to(device.NAME), (model.args, model.kwargs)
         )
         device.state.fallbacks.clear()
-        with profile() as found:
+        with profile() as found, _told(model):
             if eager:
                 with _layers_named(module, found):
                     result = module(*args, **kwargs)
@@ -208,6 +211,31 @@ def _operation(layer: Layer, inner: list[str], work: LayerWork) -> str:
     names = [*inner, *([layer.name] if layer.name else []), *layer.fused]
     named = dict.fromkeys(work.kinds[name] for name in names if name in work.kinds)
     return " + ".join(named) or ", ".join(layer.origins) or "code outside of layers"
+
+
+_OWN_MESSAGE = (Unsupported, DeviceFault, OutOfDeviceMemory)
+
+
+@contextmanager
+def _told(model: ModelFile) -> Iterator[None]:
+    """What the model raises on the device alone as one message, with the line of its file."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, _OWN_MESSAGE):
+            cause = getattr(cause, "inner_exception", None) or cause.__cause__
+        if cause is not None:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if Path(f.filename).resolve() == model.path.resolve()]
+        where = f"{model.path}, line {own[-1].lineno}" if own else str(model.path)
+        code = f" at `{own[-1].line}`" if own and own[-1].line else ""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = " ".join(line.strip() for line in lines[:2])
+        raise ModelFileError(
+            f"{where}: the model runs on the CPU, but fails on the device{code}: {said}"
+        ) from error
 
 
 def _show(value: Any) -> str:
