@@ -39,7 +39,7 @@ OWNERS = {
     "onnx": "pytorch",
     "jinja2": "llm",
     "click": "cli",
-    "rich": "pytorch cli",
+    "rich": "cli",
 }
 
 
