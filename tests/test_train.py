@@ -126,7 +126,7 @@ def test_killed_and_resumed(tmp_path):
         )
 
     def result(process: subprocess.Popen) -> dict:
-        answer, _ = process.communicate(timeout=600)
+        answer, _ = process.communicate(timeout=3000)
         assert process.returncode == 0
         return json.loads(answer.splitlines()[-1])
 
