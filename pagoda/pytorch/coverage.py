@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagoda.pytorch import composed, decompositions, device, eager, sorting
+from pagoda.pytorch import composed, decompositions, device, eager, grouped
 
 aten = torch.ops.aten
 
@@ -168,7 +168,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         self.last = self.place or _place()
         # torch's rule for grouped products is that of CUDA's kernel: bfloat16 only.
-        rule = sorting.grouped_mm if op is aten._grouped_mm.default else op
+        rule = grouped.grouped_mm if op is aten._grouped_mm.default else op
         out = rule(*args, **kwargs)
         if _on_device((args, kwargs, out)) and op.namespace not in ("prim", "profiler"):
             found = self.found.setdefault(str(op.overloadpacket), _Found())

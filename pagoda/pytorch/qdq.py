@@ -111,6 +111,7 @@ def use_int8(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             continue  # padding "same"
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(made, (*x, *w[:2], *node.args[2:]), dict(node.kwargs))
+            new.meta.update(node.meta)  # which says what layer and line it is of
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         changed = True
