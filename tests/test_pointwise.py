@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from tile_ir_oracle import evaluate_tree
 
 from pagoda.compiler.errors import CompileError
@@ -195,6 +196,15 @@ def test_float_division(name):
         a64, b64
     )
     np.testing.assert_array_equal(run(name, a, b), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["remainder", "fmod"])
+def test_infinite_operands(name):
+    inf = np.inf
+    a = np.array([5, -5, 5, -5, 0, 7.5, inf, inf, np.nan], np.float32)
+    b = np.array([inf, inf, -inf, -inf, inf, 2, 2, inf, inf], np.float32)
+    wanted = getattr(torch, name)(torch.tensor(a), torch.tensor(b)).numpy()
+    np.testing.assert_array_equal(run(name, a, b), wanted)
 
 
 INTEGER = {

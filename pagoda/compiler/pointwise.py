@@ -140,10 +140,12 @@ def _floordiv(keep: Keep, a: Tree, b: Tree) -> Tree:
 
 
 def _remainder(keep: Keep, a: Tree, b: Tree) -> Tree:
-    """a - floor(a / b) b, which has the sign of b."""
+    """a - floor(a / b) b, which has the sign of b; of an infinite b no multiple counts."""
     a, b = keep(a), keep(b)
     q = f32("ffloor", f32("fdiv", a, b))
-    rest = keep(f32("fma", f32("fneg", q), b, a))
+    alone = f32("fadd", f32("fsub", a, a), a)  # a, but NaN if it is infinite
+    infinite = f32("feq", f32("fabs", b), math.inf)
+    rest = keep(choose(infinite, alone, f32("fma", f32("fneg", q), b, a)))
     return choose(f32("flt", f32("fmul", rest, b), 0.0), f32("fadd", rest, b), rest)
 
 
