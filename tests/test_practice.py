@@ -157,6 +157,27 @@ def test_compiled_optimizer_step(foreach):
     train_both(train)
 
 
+def test_compiled_optimizer_step_on_a_schedule():
+    """One graph more serves every further learning rate."""
+    graphs = []
+
+    def train(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        step = optimizer.step
+        if next(model.parameters()).device.type == P:
+            step = torch.compile(step, backend=P)
+        for _ in range(5):
+            loss(model).backward()
+            step()
+            schedule.step()
+            optimizer.zero_grad()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    train_both(train)
+    assert graphs[-1] == graphs[-3] > graphs[-5]
+
+
 def test_learning_rate_schedule_and_averaged_model():
     def train(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

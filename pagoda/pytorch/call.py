@@ -50,7 +50,9 @@ class RegionCall:
 
 def _on_device(tensor: torch.Tensor) -> torch.Tensor:
     """Scalars on the CPU are allowed beside device tensors; they are copied over."""
-    return tensor if tensor.device.type == device.NAME else tensor.to(device.NAME)
+    if tensor.device.type == device.NAME:
+        return tensor
+    return tensor.to(device.NAME, torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
 
 
 def _describe(tensor: torch.Tensor) -> TensorArg:

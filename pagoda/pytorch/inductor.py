@@ -17,7 +17,7 @@ from torch._inductor.codegen.common import (
 )
 from torch._inductor.compile_fx import compile_fx
 
-from pagoda.pytorch import decompositions, device, eager, guards, layouts, optimizers, qdq
+from pagoda.pytorch import decompositions, device, eager, guards, layouts, optimizers, qdq, scalars
 from pagoda.pytorch.graph_pass import BiasPass, GraphPass
 from pagoda.pytorch.places import digest
 from pagoda.pytorch.scheduling import PagodaScheduling
@@ -155,7 +155,11 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
             "post_grad_custom_post_pass": BiasPass(places),
         }
         return compile_fx(
-            gm, example_inputs, config_patches=settings, decompositions=decompositions.table()
+            gm,
+            example_inputs,
+            inner_compile=scalars.compile_inner,
+            config_patches=settings,
+            decompositions=decompositions.table(),
         )
     finally:
         eager.compiling.active = before
