@@ -42,6 +42,7 @@ SHORT_ROWS = 0.015
 # Of two plans that take the same cycles the one that moves less is better: each cycle that the DRAM
 # port is busy counts so much more.
 TRAFFIC = 0.01
+NEAR = 1.003  # prices that differ by less are as good as equal
 SMALL_TILES = 4096  # bytes of SRAM left for bias rows and converted outputs, at least
 
 
@@ -422,25 +423,32 @@ def _weight(shape: MatmulShape, plan: MatmulPlan) -> float:
 
 @lru_cache(maxsize=4096)
 def choose_matmul(chip: Chip, shape: MatmulShape) -> MatmulPlan:
-    """The cheapest legal plan. Raises CompileError when none fits."""
+    """The legal plan with the largest output tiles among those that cost next to nothing more than
+    the cheapest: sizes vary from call to call, and few large tiles lose least when rows are fewer
+    than `shape` says. Raises CompileError when none fits."""
     plans = sorted(
         (_bound(chip, shape, plan), n, plan)
         for n, plan in enumerate(legal_plans(chip, shape))
     )
-    best: MatmulPlan | None = None
-    lowest = 0.0
+    priced: list[tuple[float, MatmulPlan]] = []
+    lowest = float("inf")
     for bound, _, plan in plans[:COMPARED_PLANS]:
-        if best is not None and bound > lowest:
+        if bound > lowest:
             break
         cycles = matmul_cycles(chip, shape, plan)
         price = _price(chip, shape, plan, cycles)
-        if best is None or price < lowest:
-            best, lowest = replace(plan, cycles=cycles), price
-    if best is None:
+        priced.append((price, replace(plan, cycles=cycles)))
+        lowest = min(lowest, price)
+    if not priced:
         raise CompileError(
             f"matmul {shape.m} x {shape.k} by {shape.k} x {shape.n}",
             f"two buffers of the smallest tiles fit the SRAM of chip {chip.name}",
             f"it has {chip.sram_bytes} bytes in {chip.sram_banks} banks",
             "use a chip with more SRAM",
         )
-    return best
+    near = [each for each in priced if each[0] <= lowest * NEAR]
+    return min(near, key=lambda each: (-_tile_elements(shape, each[1]), each[0]))[1]
+
+
+def _tile_elements(shape: MatmulShape, plan: MatmulPlan) -> int:
+    return min(plan.bm, shape.m) * min(plan.bn, shape.n)
