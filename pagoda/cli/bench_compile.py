@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
+from pagoda.cli.figures import show_figures
 from pagoda.cli.options import json_option
 from pagoda.compiler.cache import VARIABLE
 from pagoda.isa.chip import Chip, load_chip
@@ -76,9 +76,4 @@ def compile(chip: str, model: Path | None, as_json: bool) -> None:
     ModelFile(path)  # what is no model is said here, not by a child
     with Console(stderr=True).status("measuring first calls in fresh processes (minutes)"):
         row = measure(path, load_chip(chip), chip)
-    table = Table(box=None, show_header=False)
-    for name, value in row.items():
-        table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
-    if as_json:
-        click.echo(json.dumps(row))
+    show_figures(row, as_json)

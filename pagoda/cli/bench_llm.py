@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 import click
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from pagoda.cli.figures import show_figures
 from pagoda.cli.llm_session import open_session
 from pagoda.cli.options import chip_option, json_option
 from pagoda.compiler.cache import VARIABLE
@@ -140,9 +139,4 @@ def llm(chip: Chip, model: Path | None, starts: bool, as_json: bool) -> None:
     if starts and PRESETS.get(chip.name) == chip:  # the name is all that the process is given
         with console.status("measuring a start without anything compiled, then with everything"):
             row |= _starts(["--model", str(path), "--chip", chip.name])
-    table = Table(box=None, show_header=False)
-    for name, value in row.items():
-        table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
-    if as_json:
-        click.echo(json.dumps(row))
+    show_figures(row, as_json)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 from rich.console import Console
-from rich.table import Table
 
+from pagoda.cli.figures import show_figures
 from pagoda.cli.options import chip_option, json_option
 from pagoda.cli.terminal import drop_profiler_warning
 from pagoda.isa.chip import Chip
@@ -27,9 +25,4 @@ def train(chip: Chip, layers: int, as_json: bool) -> None:
     drop_profiler_warning()
     with Console(stderr=True).status("measuring two steps, and torch's"):
         row = measure(chip, GPTConfig(layers=layers), BATCH, LENGTH)
-    table = Table(box=None, show_header=False)
-    for name, value in row.items():
-        table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
-    if as_json:
-        click.echo(json.dumps(row))
+    show_figures(row, as_json)

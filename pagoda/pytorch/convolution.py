@@ -190,18 +190,27 @@ def convolution(
         steps = [[1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding]]
         out = convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *steps, groups, dtype)
         return out.squeeze(2)
-    inputs, kernel = x.shape[2:], weight.shape[2:]
     stride, padding, dilation = (_each(v) for v in (stride, padding, dilation))
-    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-    dims = zip(inputs, stride, padding, reach, _each(output_padding), strict=True)
     if transposed:
-        size = [(n - 1) * s - 2 * p + r + extra for n, s, p, r, extra in dims]
+        dims = zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, _each(output_padding),
+            strict=True,
+        )
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, k, s, p, d, extra in dims]
     else:
-        size = [(n + 2 * p - r) // s + 1 for n, s, p, r, _ in dims]
+        size = result_size(x, weight, stride, padding, dilation)
     op = _convolution_transposed if transposed else _convolution
     steps = stride, padding, dilation
     out = _convolved(op, x, weight, bias, _fixed(size), *steps, groups, dtype)
     return _laid_out(out, x, weight)
+
+
+def result_size(
+    x: torch.Tensor, weight: torch.Tensor, stride: Ints, padding: Ints, dilation: Ints
+) -> list[int]:
+    """Rows and columns of a convolution's result."""
+    dims = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return [(int(n) + 2 * p - d * (int(k) - 1) - 1) // s + 1 for n, k, s, p, d in dims]
 
 
 def convolution_backward(

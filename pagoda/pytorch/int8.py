@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pagoda.pytorch.convolution import in_cells, pays_in_cells
+from pagoda.pytorch.convolution import in_cells, pays_in_cells, result_size
 
 INT8_MIN, INT8_MAX = -128, 127
 
@@ -64,7 +64,7 @@ def _convolution(
     if pad_value and (top or left):
         x = torch.nn.functional.pad(x, (left, left, top, top), value=pad_value)
         top = left = 0
-    size = _size(x, weight, stride, (top, left), dilation)
+    size = result_size(x, weight, stride, (top, left), dilation)
     steps = [*map(int, stride)], [top, left], [*map(int, dilation)], int(groups)
     if pays_in_cells(x, weight, *steps):
         acc = in_cells(x, weight, None, size, [top, left], torch.int32)
@@ -73,18 +73,6 @@ def _convolution(
         acc = torch.ops.pagoda.convolution(x, weight, None, size, *steps, torch.int32)
     pixels = acc.permute(0, 2, 3, 1)
     return _finish(pixels, scale, bias, dtype, zero_point, low, high).permute(0, 3, 1, 2)
-
-
-def _size(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """Rows and columns of a convolution's result."""
-    dims = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    return [(int(n) + 2 * p - d * (int(k) - 1) - 1) // s + 1 for n, k, s, p, d in dims]
 
 
 def _linear(
@@ -152,7 +140,7 @@ def linear_int8(
 def _(x, weight, scale, bias, stride, padding, dilation, groups, pad_value=0, dtype=torch.int8,
       zero_point=0, low=INT8_MIN, high=INT8_MAX):  # fmt: skip
     _check("convolution_int8", x, weight, scale, bias, dtype, low, high)
-    sizes = (x.shape[0], *_size(x, weight, stride, padding, dilation), weight.shape[0])
+    sizes = (x.shape[0], *result_size(x, weight, stride, padding, dilation), weight.shape[0])
     return x.new_empty(sizes, dtype=dtype).permute(0, 3, 1, 2)
 
 

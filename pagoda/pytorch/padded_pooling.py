@@ -18,10 +18,10 @@ from torch._inductor.lowering import register_lowering
 from torch.nn.functional import pad
 
 from pagoda.pytorch.in_memory import in_memory
+from pagoda.pytorch.pooling import LARGE, full, outputs
 
 aten = torch.ops.aten
 
-MOST_TAPS = 25
 MOST_PIXELS = 64  # added up by unrolled code
 
 
@@ -173,19 +173,16 @@ def _dims(
     ceil_mode: bool,
 ) -> list[_Dim] | None:
     """None where the windows are large: then unrolled code would be, too."""
-    kernel = _pair(kernel_size)
-    if kernel[0] * kernel[1] > MOST_TAPS:
+    kernel = full(kernel_size, 2)
+    if kernel[0] * kernel[1] > LARGE:
         return None
-    steps = _pair(stride) if len(stride) else kernel
+    strides = full(stride, 2) if len(stride) else kernel
+    steps = kernel, strides, full(padding, 2), full(dilation, 2)
+    counts = [int(count) for count in outputs(x, *steps, ceil_mode)]
     found = []
-    for size, k, s, p, d in zip(
-        x.shape[-2:], kernel, steps, _pair(padding), _pair(dilation), strict=True
-    ):
-        n, reach = int(size), d * (k - 1) + 1
-        count = (n + 2 * p - reach + (s - 1 if ceil_mode else 0)) // s + 1
-        if ceil_mode and (count - 1) * s >= n + p:  # a window has to begin in the input
-            count -= 1
-        after = max((count - 1) * s + reach - n - p, 0)
+    for size, count, k, s, p, d in zip(x.shape[-2:], counts, *steps, strict=True):
+        n = int(size)
+        after = max((count - 1) * s + d * (k - 1) + 1 - n - p, 0)
         found.append(_Dim(n, k, s, d, count, p, after))
     return found
 
@@ -200,7 +197,7 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Any:
     """aten.avg_pool2d; zeros of the padding count, or the windows are left as they are."""
-    top, left = _pair(padding)
+    top, left = full(padding, 2)
     if (top, left) == (0, 0) or ceil_mode or not count_include_pad:
         return NotImplemented
     padded = in_memory(pad(x, (left, left, top, top)))
@@ -224,7 +221,3 @@ def mean(
     rows = [sum(x[:, :, y, k].float() for k in range(x.shape[3])) for y in range(x.shape[2])]
     found = (sum(rows) / pixels).to(x.dtype)
     return found[:, :, None, None] if keepdim else found
-
-
-def _pair(value: Sequence[int]) -> tuple[int, int]:
-    return (value[0], value[-1]) if len(value) else (0, 0)

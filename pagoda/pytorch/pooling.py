@@ -93,15 +93,16 @@ def _largest(x: torch.Tensor, windows: list[_Windows]) -> tuple[torch.Tensor, to
 LARGE = 25  # Inductor has loops for windows of up to that many elements
 
 
-def _full(value: Any, dims: int) -> list[int]:
+def full(value: Any, dims: int) -> list[int]:
+    """A pooling argument with a value for each dimension."""
     value = [value] if isinstance(value, int) else list(value)
     return value * dims if len(value) == 1 else value
 
 
-def _outputs(x: torch.Tensor, dims: int, size, stride, padding, step, ceil_mode) -> list[Any]:
+def outputs(x: torch.Tensor, size, stride, padding, step, ceil_mode) -> list[Any]:
     """How many windows there are along each dimension: the last one begins inside of the input or
     its left padding."""
-    counts = []
+    counts, dims = [], len(size)
     for d in range(dims):
         n = x.shape[x.dim() - dims + d]
         span = n + 2 * padding[d] - step[d] * (size[d] - 1) - 1
@@ -114,11 +115,11 @@ def _outputs(x: torch.Tensor, dims: int, size, stride, padding, step, ceil_mode)
 
 def _max_pool(dims: int, smaller: Callable, x, kernel_size, stride=(), padding=0, dilation=1,
               ceil_mode=False):  # fmt: skip
-    size, padding, step = (_full(v, dims) for v in (kernel_size, padding, dilation))
-    stride = _full(stride, dims) if stride not in ((), [], None) else size
+    size, padding, step = (full(v, dims) for v in (kernel_size, padding, dilation))
+    stride = full(stride, dims) if stride not in ((), [], None) else size
     if math.prod(size) <= LARGE:
         return smaller(x, size, stride, padding, step, ceil_mode)
-    counts = _outputs(x, dims, size, stride, padding, step, ceil_mode)
+    counts = outputs(x, size, stride, padding, step, ceil_mode)
     first = x.dim() - dims
     windows = [
         _sliding(x, first + d, counts[d], size[d], stride[d], padding[d], step[d])
@@ -184,11 +185,11 @@ fractional_max_pool_3d = functools.partial(_fractional_max, 3)
 def _average(dims: int, x, kernel_size, stride=(), padding=0, ceil_mode=False,
              count_include_pad=True, divisor_override=None):  # fmt: skip
     """Sums over one dimension after the other, divided by what each window counts."""
-    size, padding = _full(kernel_size, dims), _full(padding, dims)
-    stride = _full(stride, dims) if stride not in ((), [], None) else size
+    size, padding = full(kernel_size, dims), full(padding, dims)
+    stride = full(stride, dims) if stride not in ((), [], None) else size
     if math.prod(size) <= LARGE or stride == size:
         return NotImplemented
-    counts = _outputs(x, dims, size, stride, padding, [1] * dims, ceil_mode)
+    counts = outputs(x, size, stride, padding, [1] * dims, ceil_mode)
     total, first = x.float() if x.is_floating_point() else x, x.dim() - dims
     for d in range(dims):
         dim = first + d
@@ -218,8 +219,8 @@ def _divisor(x, counts, size, stride, padding, count_include_pad, divisor_overri
 def _average_backward(dims: int, op: Any, grad, x, kernel_size, stride, padding, ceil_mode,
                       count_include_pad, divisor_override):  # fmt: skip
     given = (list(kernel_size), list(stride), list(padding))
-    size, padding = _full(kernel_size, dims), _full(padding, dims)
-    stride = _full(stride, dims) if stride not in ((), [], None) else size
+    size, padding = full(kernel_size, dims), full(padding, dims)
+    stride = full(stride, dims) if stride not in ((), [], None) else size
     if math.prod(size) <= LARGE:
         if given == (size, stride, padding):  # else spell it out: Inductor knows no shorter form
             return NotImplemented
