@@ -22,7 +22,6 @@ from pagoda.sim.jit import (
     pause,
 )
 from pagoda.sim.layout import (
-    ACC_SPACE,
     E_INDEX,
     E_MACS,
     E_PC,
@@ -32,6 +31,7 @@ from pagoda.sim.layout import (
     E_WRITE_LAST,
     FIELDS,
     JOBS_AT,
+    MAX_READS,
     OVERFLOW_COMMAND,
     OVERFLOW_PC,
     POSTED,
@@ -49,20 +49,21 @@ _SHARED_MATMUL = 40  # the sixteen words of the command, then its MACs
 _SHARED_MACS = 56
 _RING = 64
 _RING_SLOTS = 64
-_SLOT_WORDS = 16
+_SLOT_WORDS = 24
 _BANK, _PC, _COMMAND, _MACS = range(4)
-# The bytes that a command writes, and a range of SRAM around all that it reads there.
-_WRITE_FIRST, _WRITE_LAST, _READ_FIRST, _READ_LAST = range(4, 8)
-_FIELDS_AT = 8  # the command's sixteen words of 32 bits, two and two
+# The bytes that a command writes, and those that it reads: first and last of each range.
+_WRITE_FIRST, _WRITE_LAST, _READS = range(4, 7)
+_READ_RANGES = 7
+_FIELDS_AT = _READ_RANGES + 2 * MAX_READS  # its sixteen words of 32 bits, two and two
 JOB_WORDS = _RING + _RING_SLOTS * _SLOT_WORDS
 
 _MATMUL = FIELDS + 16 * 5
 _ACC_WORD = _MATMUL + 14
 _COUNT_BITS = 20
 _COUNT_MASK = (1 << _COUNT_BITS) - 1
-_SHORT_LOAD = 1 << 10  # bytes
 # A chunk should take some microseconds: to claim one takes a tenth of one.
 _CHUNK_MACS = 1 << 17
+_LEAST_CHUNKS, _LEAST_ROWS = 2, 64
 _IMPATIENT_TURNS = 1 << 12  # of a waiting loop, some tens of microseconds, before it gives way
 
 
@@ -117,13 +118,9 @@ def post(st, e, bank, jobs, sram, acc, scratch):
     jobs[at + _MACS] = st[e + E_MACS]
     jobs[at + _WRITE_FIRST] = st[e + E_WRITE_FIRST]
     jobs[at + _WRITE_LAST] = st[e + E_WRITE_LAST]
-    first, last = np.int64(ACC_SPACE), np.int64(-1)
-    for k in range(st[e + E_READS]):
-        read = e + E_READ_RANGES + 2 * k
-        if st[read] < ACC_SPACE:
-            first, last = min(first, st[read]), max(last, st[read + 1])
-    jobs[at + _READ_FIRST] = first
-    jobs[at + _READ_LAST] = last
+    jobs[at + _READS] = st[e + E_READS]
+    for k in range(2 * st[e + E_READS]):
+        jobs[at + _READ_RANGES + k] = st[e + E_READ_RANGES + k]
     for pair in range(8):
         field = FIELDS + 16 * bank + 2 * pair
         jobs[at + _FIELDS_AT + pair] = st[field] | (st[field + 1] << 32)
@@ -132,25 +129,31 @@ def post(st, e, bank, jobs, sram, acc, scratch):
 
 
 @jit
-def is_ahead(st, e, bank, jobs):
-    """Whether a short load, prepared as entry `e`, needs nothing of what the helper has left: then
-    it need not wait its turn, and the core's thread not for it. Kernels begin with such a load, of
-    their arguments."""
+def _conflicts(st, e, jobs, at):
+    """Whether a load, prepared as entry `e`, has to come after the command at `at` of the ring."""
     target, target_last = st[e + E_WRITE_FIRST], st[e + E_WRITE_LAST]
-    if bank != 1 or target >= ACC_SPACE or target_last - target >= _SHORT_LOAD:
-        return False
     source, source_last = st[e + E_READ_RANGES], st[e + E_READ_RANGES + 1]
+    first, last = jobs[at + _WRITE_FIRST], jobs[at + _WRITE_LAST]
+    if (first <= source_last and source <= last) or (first <= target_last and target <= last):
+        return True
+    for k in range(jobs[at + _READS]):
+        read = at + _READ_RANGES + 2 * k
+        if jobs[read] <= target_last and target <= jobs[read + 1]:
+            return True
+    return False
+
+
+@jit
+def get_ahead(st, e, jobs, sram, acc, scratch):
+    """Until nothing that a load, prepared as entry `e`, has to follow is left to the helper: the
+    core's thread then executes it while the helper goes on."""
     number = st[POSTED]
     completed = atomic_load(st[JOBS_AT] + 8 * COMPLETED)
     while number > completed:
-        at = _RING + _SLOT_WORDS * (number % _RING_SLOTS)
-        first, last = jobs[at + _WRITE_FIRST], jobs[at + _WRITE_LAST]
-        if (first <= source_last and source <= last) or (first <= target_last and target <= last):
-            return False
-        if jobs[at + _READ_FIRST] <= target_last and target <= jobs[at + _READ_LAST]:
-            return False
+        if _conflicts(st, e, jobs, _RING + _SLOT_WORDS * (number % _RING_SLOTS)):
+            wait_for(st, number, jobs, sram, acc, scratch)
+            return
         number -= 1
-    return True
 
 
 @jit
@@ -223,9 +226,13 @@ def serve(st, jobs, sram, acc, scratch):
 
 
 @jit
-def _columns_per_chunk(n, macs):
+def _chunk_size(rows, n, macs):
+    """(rows, columns) of a chunk. A chunk packs its own operands, so it is no smaller than needed:
+    columns are split first, and rows only if that leaves too few to share."""
     columns = max(n * _CHUNK_MACS // macs, 1)
-    return (columns + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
+    columns = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
+    parts = max(_LEAST_CHUNKS // ((n + columns - 1) // columns), 1)
+    return max((rows + parts - 1) // parts, _LEAST_ROWS), columns
 
 
 @jit
@@ -237,8 +244,9 @@ def _share_matmul(st, macs, jobs, sram, acc, scratch):
         jobs[_SHARED_MATMUL + word] = st[_MATMUL + word]
     jobs[_SHARED_MACS] = macs
     n = st[_MATMUL + N]
-    columns = _columns_per_chunk(n, macs)
-    chunks = (n + columns - 1) // columns
+    m = st[_MATMUL + M0] * st[_MATMUL + M1] * st[_MATMUL + M2]
+    rows, columns = _chunk_size(m, n, macs)
+    chunks = ((m + rows - 1) // rows) * ((n + columns - 1) // columns)
     atomic_store(shared + 8 * _DONE, np.int64(0))
     atomic_store(shared + 8 * _TICKET, chunks << _COUNT_BITS)
     while _take_chunk(shared, jobs, sram, acc, scratch):
@@ -259,11 +267,11 @@ def _take_chunk(shared, jobs, sram, acc, scratch):
     if chunk >= ticket >> _COUNT_BITS:
         return False
     command = jobs[_SHARED_MATMUL : _SHARED_MATMUL + 16]
-    n = command[N]
-    columns = _columns_per_chunk(n, jobs[_SHARED_MACS])
-    first = chunk * columns
-    rows = command[M0] * command[M1] * command[M2]
-    begin = np.int64(0)
-    run_matmul_range(sram, acc, command, scratch, begin, rows, first, min(first + columns, n))
+    m, n = command[M0] * command[M1] * command[M2], command[N]
+    rows, columns = _chunk_size(m, n, jobs[_SHARED_MACS])
+    across = (n + columns - 1) // columns
+    first_row, first = chunk // across * rows, chunk % across * columns
+    last_row, last = min(first_row + rows, m), min(first + columns, n)
+    run_matmul_range(sram, acc, command, scratch, first_row, last_row, first, last)
     atomic_add(shared + 8 * _DONE, np.int64(1))
     return True
