@@ -138,9 +138,12 @@ class _Module(ChipQueries, types.ModuleType):
     def initial_seed(self) -> int:
         return torch.initial_seed()
 
+    # Dynamo would compile these two, and cannot inside of no_dispatch, where torch calls them.
+    @torch._disable_dynamo
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
 
+    @torch._disable_dynamo
     def set_rng_state(self, new_state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(new_state)
 
