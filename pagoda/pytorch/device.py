@@ -18,7 +18,7 @@ import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pagoda.compiler.region import Allocator, Executor
-from pagoda.pytorch import autocast
+from pagoda.pytorch import autocast, mixing
 from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 from pagoda.runtime import Device
@@ -392,7 +392,7 @@ def _patch_printing() -> None:
 
 def _register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module("torch.pagoda"))
-    libraries = _register_operations() + autocast.register()
+    libraries = [*_register_operations(), *autocast.register(), mixing.register()]
     _patch_storage()
     _patch_module_apply()
     _patch_printing()
