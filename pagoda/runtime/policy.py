@@ -164,18 +164,20 @@ class Policy:
         None: nothing can start before the next event. `Await`: nor does it, but something could
         if the tenants that are awaited were given up (`give_up`).
         """
+        if not any(tenant.requests for tenant in self._candidates):
+            return None
         free, awaited = self.free, []
-        for tenant in self.waiting():
+        line = self.waiting()
+        for tenant in line:
             if tenant.cores > len(free):
                 break
             cores = _choose(tenant, free)
             if tenant.requests:
-                self._start(tenant, cores)
+                self._start(tenant, cores, line)
                 return Start(tenant, cores)
             awaited.append(tenant)
             free = [core for core in free if core not in cores]
-        wanted = any(tenant.requests for tenant in self._candidates)
-        return Await(tuple(awaited)) if awaited and wanted else None
+        return Await(tuple(awaited)) if awaited else None
 
     def waiting(self) -> list[Tenant]:
         """Who waits or is awaited, first in line first."""
@@ -193,9 +195,10 @@ class Policy:
         tenant.tag += int(cost * _UNIT / tenant.weight)
         level.tag += (cost - tenant.expected) * level.charge
         tenant.expected = cost
-        credit = self.cores * max(t.expected for t in level.members)
-        tenant.tag = max(tenant.tag, level.virtual - int(credit * _UNIT / tenant.weight))
-        level.tag = max(level.tag, self._virtual - credit * level.charge)
+        if tenant.tag < level.virtual or level.tag < self._virtual:
+            credit = self.cores * max(t.expected for t in level.members)
+            tenant.tag = max(tenant.tag, level.virtual - int(credit * _UNIT / tenant.weight))
+            level.tag = max(level.tag, self._virtual - credit * level.charge)
         self.free = sorted([*self.free, *tenant.running])
         tenant.running = ()
         if not tenant.member:
@@ -225,15 +228,12 @@ class Policy:
             level = self._levels[tenant.priority] = _Level(tenant.priority, charge)
         return level
 
-    def _start(self, tenant: Tenant, cores: tuple[int, ...]) -> None:
+    def _start(self, tenant: Tenant, cores: tuple[int, ...], line: list[Tenant]) -> None:
         level = self._levels[tenant.priority]
         # The smallest tags, not the starter's: an awaited one may stand before it.
-        self._virtual = max(
-            self._virtual, min(self._levels[t.priority].tag for t in self._candidates)
-        )
-        level.virtual = max(
-            level.virtual, min(t.tag for t in self._candidates if t.priority == level.priority)
-        )
+        self._virtual = max(self._virtual, self._levels[line[0].priority].tag)
+        first = next(t for t in line if t.priority == tenant.priority)
+        level.virtual = max(level.virtual, first.tag)
         level.tag += tenant.expected * level.charge
         del self._candidates[tenant]
         tenant.requests -= 1
@@ -250,6 +250,6 @@ class Policy:
 
 def _choose(tenant: Tenant, free: list[int]) -> tuple[int, ...]:
     """The cores of its last launch if they are free (SRAM keeps its contents), else the lowest."""
-    if tenant.last_cores and all(core in free for core in tenant.last_cores):
+    if tenant.last_cores and set(tenant.last_cores).issubset(free):
         return tenant.last_cores
     return tuple(free[: tenant.cores])

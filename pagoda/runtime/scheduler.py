@@ -246,9 +246,10 @@ class Scheduler:
         """Start whatever can start. If cores are kept for a tenant that is awaited, the first that
         waits looks again when patience ends."""
         now = time.monotonic()
-        for tenant in [t for t, until in self._awaited.items() if until <= now]:
-            del self._awaited[tenant]
-            self._policy.give_up(tenant)
+        if self._awaited:
+            for tenant in [t for t, until in self._awaited.items() if until <= now]:
+                del self._awaited[tenant]
+                self._policy.give_up(tenant)
         while isinstance(decision := self._policy.decide(), Start):
             turn = decision.tenant.turns.popleft()
             turn.generation, turn.started = self._generation, now
