@@ -182,7 +182,7 @@ def test_wide_tenants_do_not_starve_behind_narrow_ones():
 
 
 def test_higher_priority_goes_first_and_lower_keeps_its_guaranteed_share():
-    high = Load(Tenant("high", priority=1), lengths(1, 10, 40))
+    high = Load(Tenant("high", priority=1000), lengths(1, 10, 40))
     low = [Load(Tenant(f"low{n}"), lengths(2 + n, 10, 200)) for n in range(2)]
     loads = [high, *low]
     Simulation(1, loads).run(1_000_000)
@@ -190,6 +190,29 @@ def test_higher_priority_goes_first_and_lower_keeps_its_guaranteed_share():
     expected = [1 - guaranteed, guaranteed / 2, guaranteed / 2]
     for share, wanted in zip(shares(loads), expected, strict=True):
         assert share == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("priorities", "least", "most"), [((2, -2), 15.9, 16.1), ((2,), 15.9, 16.1), ((0,), 16, 256)]
+)
+def test_levels_that_come_and_go(priorities, least, most):
+    """A level between two others counts while it has a member; levels above and below do not."""
+    policy = Policy(1)
+    high, low = Tenant("high", priority=1), Tenant("low", priority=-1)
+    for tenant in (high, low):
+        policy.join(tenant)
+        policy.request(tenant)
+    served = {"high": 0, "low": 0}
+    for step in range(20_000):
+        visitor = Tenant("visitor", priority=priorities[step % len(priorities)])
+        policy.join(visitor)
+        start = policy.decide()
+        policy.leave(visitor)
+        cycles = 1 + step % 7
+        served[start.tenant.name] += cycles
+        policy.request(start.tenant)
+        policy.finish(start.tenant, cycles)
+    assert least <= served["high"] / served["low"] <= most
 
 
 def test_sporadic_high_priority_waits_for_one_launch_at_most():
@@ -286,23 +309,23 @@ def test_a_tenant_that_leaves_while_it_runs_keeps_its_cores_to_the_end():
     ("options", "message"),
     [
         (
-            dict(priority=9),
+            dict(priority=1001),
             (
-                "priority of 'x': must be an integer from -3 to 3 (higher goes first), got 9; 0 is "
-                "the usual one"
+                "priority of 'x': must be an integer from -1000 to 1000 (higher goes first), got "
+                "1001; 0 is the usual one"
             ),
         ),
         (
             dict(weight=0.0),
             (
-                "weight of 'x': must be from 0.001 to 1000, got 0.0; 1 is the usual one, and 2 "
+                "weight of 'x': must be from 1e-06 to 1e+06, got 0.0; 1 is the usual one, and 2 "
                 "gets twice its share"
             ),
         ),
         (
             dict(weight=float("nan")),
             (
-                "weight of 'x': must be from 0.001 to 1000, got nan; 1 is the usual one, and 2 "
+                "weight of 'x': must be from 1e-06 to 1e+06, got nan; 1 is the usual one, and 2 "
                 "gets twice its share"
             ),
         ),
@@ -327,7 +350,7 @@ CYCLES = 10_000
 tenants = st.builds(
     Tenant,
     name=st.just("t"),
-    priority=st.integers(0, 1),
+    priority=st.sampled_from([-900, 5]),
     weight=st.sampled_from([0.5, 1.0, 2.0]),
     cores=st.integers(1, CORES),
 )
@@ -341,11 +364,12 @@ def longest_wait(own: Tenant, members: list[Tenant], longest: int, cores: int) -
         for other in members
         if other is not own and other.priority == own.priority
     )
-    levels = {other.priority for other in members} - {own.priority}
+    levels = sorted({other.priority for other in members})
+    here = levels.index(own.priority)
     return within + sum(
-        float(LEVEL_RATIO) ** (priority - own.priority) * (within + 2 * cores * largest)
-        + 4 * cores * largest
-        for priority in levels
+        float(LEVEL_RATIO) ** (level - here) * (within + 2 * cores * largest) + 4 * cores * largest
+        for level in range(len(levels))
+        if level != here
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pagoda.runtime import scheduler as scheduler_module
 from pagoda.runtime.policy import TenantError
-from pagoda.runtime.scheduler import Scheduler, Tenant, TenantGone, Turn
+from pagoda.runtime.scheduler import PATIENCE_SECONDS, Scheduler, Tenant, TenantGone, Turn
 
 LIMIT = 20.0  # seconds in which a thread that is not stuck gets anything done
 
@@ -198,30 +198,51 @@ def test_an_interrupted_wait_leaves_the_queue(monkeypatch):
 
 
 def test_who_returns_at_once_is_awaited_and_who_does_not_is_given_up(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "PATIENCE_SECONDS", 0.3)
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(scheduler_module, "time", clock)
     scheduler = Scheduler(1)
     a, b = scheduler.join("a"), scheduler.join("b")
-    first = Worker(scheduler, a, cycles=1)
-    assert first.started.wait(LIMIT)
-    second = Worker(scheduler, b, cycles=100)
-    eventually(lambda: waiting(scheduler) == ["b"])
-    first.end()
-    assert second.started.wait(LIMIT)
-    again = Worker(scheduler, a, cycles=1)
+    with scheduler.turn(a) as turn:
+        other = Worker(scheduler, b)
+        eventually(lambda: waiting(scheduler) == ["b"])
+        clock.now += 1.0
+        turn.charge(1)
+    assert other.started.wait(LIMIT)  # both have had nothing before, so b is first in line
+    other.cycles = 100
+    again = Worker(scheduler, a)
     eventually(lambda: waiting(scheduler) == ["a"])
-    time.sleep(0.4)  # the launch of a takes that long, so it may be awaited for 0.3 s
-    second.end()
+    other.end()
     assert again.started.wait(LIMIT)
-    waits_too = Worker(scheduler, b, cycles=100)
+    other = Worker(scheduler, b)
     eventually(lambda: waiting(scheduler) == ["b"])
-    time.sleep(0.4)
-    again.end()
-    with scheduler.turn(a):  # a has had 2 cycles, b 100
-        assert not waits_too.started.is_set()
-        time.sleep(0.4)
-    assert not waits_too.started.wait(0.05)  # a is awaited again
-    assert waits_too.started.wait(LIMIT)  # and given up
-    waits_too.end()
+    clock.now += 1.0
+    again.end()  # a has had 2 cycles, b 100: the core is kept for a
+    clock.now += PATIENCE_SECONDS / 2
+    with scheduler.turn(a) as turn:
+        assert not other.started.is_set()
+        clock.now += PATIENCE_SECONDS / 4
+        turn.charge(1)
+    clock.now += PATIENCE_SECONDS / 5  # it is not awaited longer than its launch took
+    assert not other.started.wait(0.05)
+    clock.now += PATIENCE_SECONDS / 10
+    assert other.started.wait(LIMIT)
+    again = Worker(scheduler, a)
+    eventually(lambda: waiting(scheduler) == ["a"])
+    clock.now += 1.0
+    other.end()
+    assert again.started.wait(LIMIT)
+    other = Worker(scheduler, b)
+    eventually(lambda: waiting(scheduler) == ["b"])
+    clock.now += 1.0
+    again.end()  # a came back late, and is not awaited now
+    assert other.started.wait(LIMIT)
+    other.end()
 
 
 def test_bad_tenants_do_not_join():
@@ -229,7 +250,7 @@ def test_bad_tenants_do_not_join():
     with pytest.raises(TenantError):
         scheduler.join("x", cores=5)
     with pytest.raises(TenantError):
-        scheduler.join("x", priority=4)
+        scheduler.join("x", priority=1001)
     assert scheduler.snapshot()["tenants"] == []
 
 

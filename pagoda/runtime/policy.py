@@ -13,10 +13,10 @@ number of cores and costs cycles x cores, known when it has ended. Hence start-t
   all the time and still falls behind has too few cores for its share; what it may catch up later
   is limited to the largest launch on each core.
 - Priorities are levels, shared out in the same way one storey up (hierarchical fair queueing:
-  Goyal, Guo, Vin, OSDI 1996). A level weighs LEVEL_RATIO times the one below it: it is served first
-  until it has had 16 times as much, then the lower one has its guaranteed turn (1/17 of the time).
-  A level has several launches on the chip at once, so each is charged at its start what its
-  tenant's last one cost, and corrected at its end.
+  Goyal, Guo, Vin, OSDI 1996). A level weighs LEVEL_RATIO times the next lower one that has
+  tenants: it is served first until it has had 16 times as much, then the lower one has its
+  guaranteed turn (1/17 of the time). A level has several launches on the chip at once, so each is
+  charged at its start what its tenant's last one cost, and corrected at its end.
 - Nobody overtakes: if the first in line needs more cores than are free, the free ones wait with it.
   The price is idle cores for as long as the longest launch that runs; the gain is that wide
   tenants cannot starve.
@@ -26,19 +26,19 @@ number of cores and costs cycles x cores, known when it has ended. Hence start-t
 
 Bounded waiting. L is the largest cost of a launch, c that of the tenant's own last one, w weights.
 From a request to its start, on n cores, every other tenant of the level is served at most
-w_other / w x c + (n + 2) L, and every other level at most LEVEL_RATIO^(its priority - this one) x
-(the level's service + 2 n L) + 4 n L. Some core is always busy meanwhile, or kept for one that is
-awaited, so the sum also bounds the wait in cycles of launches.
+w_other / w x c + (n + 2) L, and every other level at most LEVEL_RATIO^d x (this level's service +
+2 n L) + 4 n L, where it is d levels above this one (negative: below). Some core is always busy
+meanwhile, or kept for one that is awaited, so the sum also bounds the wait in cycles of launches.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-PRIORITIES = range(-3, 4)
+PRIORITIES = range(-1000, 1001)
 LEVEL_RATIO = 16  # of two levels that both want the chip, the higher gets 16/17
-WEIGHTS = (0.001, 1000.0)
-_UNIT = LEVEL_RATIO ** len(PRIORITIES)  # tags count core-cycles / _UNIT: divisible by every level
+WEIGHTS = (1e-6, 1e6)
+_UNIT = 1 << 32  # of a tenant's tag: a core-cycle at weight 1
 
 
 class TenantError(ValueError):
@@ -92,7 +92,7 @@ class Await(NamedTuple):
 @dataclass(eq=False)
 class _Level:
     priority: int
-    charge: int  # of tag for a core-cycle
+    charge: int = 1  # of tag for a core-cycle: LEVEL_RATIO ^ levels above with members
     tag: int = 0
     virtual: int = 0
     members: list[Tenant] = field(default_factory=list)
@@ -122,9 +122,11 @@ class Policy:
                 f"got {tenant.cores!r}; leave it out to use them all"
             )
         tenant.order, self._joined = self._joined, self._joined + 1
-        level = self._level(tenant)
+        level = self._levels.setdefault(tenant.priority, _Level(tenant.priority))
         tenant.tag = level.departed.pop(tenant.name, level.virtual)
         level.members.append(tenant)
+        if len(level.members) == 1:
+            self._weigh()
 
     def leave(self, tenant: Tenant) -> None:
         """Remove a tenant and all it waits for. A launch that runs keeps its cores to its end."""
@@ -136,7 +138,7 @@ class Policy:
 
     def request(self, tenant: Tenant) -> None:
         """One more launch of this tenant waits."""
-        level = self._level(tenant)
+        level = self._levels[tenant.priority]
         if not (tenant.requests or tenant.running or tenant.awaited):
             if not level.active:
                 if not any(other.active for other in self._levels.values()):
@@ -191,7 +193,7 @@ class Policy:
     def finish(self, tenant: Tenant, cycles: int, returns: bool = False) -> None:
         """A tenant's launch has ended. returns: it will ask again at once, so it is awaited."""
         cost = max(cycles, 1) * tenant.cores  # at least 1: no number of launches is free
-        level = self._level(tenant)
+        level = self._levels[tenant.priority]
         tenant.tag += int(cost * _UNIT / tenant.weight)
         level.tag += (cost - tenant.expected) * level.charge
         tenant.expected = cost
@@ -221,12 +223,15 @@ class Policy:
                 if tenant.running:
                     self.finish(tenant, tenant.expected // tenant.cores)
 
-    def _level(self, tenant: Tenant) -> _Level:
-        level = self._levels.get(tenant.priority)
-        if level is None:
-            charge = _UNIT // LEVEL_RATIO ** (tenant.priority - PRIORITIES[0])
-            level = self._levels[tenant.priority] = _Level(tenant.priority, charge)
-        return level
+    def _weigh(self) -> None:
+        """Levels have come or gone: new charges. How many core-cycles a level is ahead stays."""
+        charge = 1
+        for priority in sorted(self._levels, reverse=True):
+            level = self._levels[priority]
+            if level.members:
+                ahead = (level.tag - self._virtual) * charge // level.charge
+                level.tag, level.charge = self._virtual + ahead, charge
+                charge *= LEVEL_RATIO
 
     def _start(self, tenant: Tenant, cores: tuple[int, ...], line: list[Tenant]) -> None:
         level = self._levels[tenant.priority]
@@ -246,6 +251,8 @@ class Policy:
         level.departed = {n: tag for n, tag in level.departed.items() if tag > level.virtual}
         if tenant.tag > max(level.virtual, level.departed.get(tenant.name, 0)):
             level.departed[tenant.name] = tenant.tag
+        if not level.members:
+            self._weigh()
 
 
 def _choose(tenant: Tenant, free: list[int]) -> tuple[int, ...]:
