@@ -79,6 +79,9 @@ def test_the_second_waits_for_the_first():
     eventually(lambda: waiting(scheduler) == ["b"])
     snapshot = scheduler.snapshot()
     assert [(r["name"], r["cores"]) for r in snapshot["running"]] == [("a", [0, 1])]
+    assert snapshot["tenants"][0]["core_seconds"] == pytest.approx(
+        2 * snapshot["running"][0]["seconds"]
+    )
     assert not second.started.is_set()
     first.end()
     assert second.started.wait(LIMIT)
@@ -86,7 +89,9 @@ def test_the_second_waits_for_the_first():
     assert account(scheduler, "b")["waits"] == 1
     assert account(scheduler, "b")["waited_seconds"] > 0
     assert account(scheduler, "b")["share"] == 0.75
-    assert all(core["busy_seconds"] > 0 for core in scheduler.snapshot()["cores"])
+    snapshot = scheduler.snapshot()
+    busy = sum(core["busy_seconds"] for core in snapshot["cores"])
+    assert busy == pytest.approx(sum(t["core_seconds"] for t in snapshot["tenants"])) and busy > 0
 
 
 def test_partitions_run_at_the_same_time():

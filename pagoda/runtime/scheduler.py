@@ -38,6 +38,7 @@ class Tenant(policy.Tenant):
         self.launches = 0
         self.cycles = 0
         self.core_cycles = 0
+        self.core_seconds = 0.0
         self.waits = 0  # turns that had to wait
         self.waited_seconds = 0.0
         self.prompt = True  # it came back in time after its last launch
@@ -137,13 +138,17 @@ class Scheduler:
 
     def snapshot(self) -> dict[str, Any]:
         """The state as plain data. Seconds and cycles count from the start; compare two snapshots
-        for a rate. share: of all core-cycles so far, those of tenants that left included."""
+        for a rate. Seconds include what runs now, cycles do not. share: of all core-cycles so far,
+        those of tenants that left included."""
         with self._lock:
             now = time.monotonic()
             busy = list(self._busy)
+            of_tenant = {tenant: tenant.core_seconds for tenant in self._tenants}
             for turn in self._running:
                 for core in turn.cores:
                     busy[core] += now - turn.started
+                if turn.tenant.member:
+                    of_tenant[turn.tenant] += (now - turn.started) * len(turn.cores)
             return {
                 "seconds": now - self._opened,
                 "core_cycles": self._core_cycles,
@@ -172,6 +177,7 @@ class Scheduler:
                         "launches": t.launches,
                         "cycles": t.cycles,
                         "core_cycles": t.core_cycles,
+                        "core_seconds": of_tenant[t],
                         "share": t.core_cycles / self._core_cycles if self._core_cycles else 0.0,
                         "waits": t.waits,
                         "waited_seconds": t.waited_seconds,
@@ -265,6 +271,7 @@ class Scheduler:
     def _count_busy(self, turn: Turn, now: float) -> None:
         for core in turn.cores:
             self._busy[core] += now - turn.started
+        turn.tenant.core_seconds += (now - turn.started) * len(turn.cores)
 
 
 def _ring(turn: Turn) -> None:
