@@ -39,6 +39,7 @@ OWNERS = {
     "onnx": "pytorch",
     "jinja2": "llm",
     "click": "cli",
+    "prometheus_client": "cli",
     "rich": "cli",
 }
 

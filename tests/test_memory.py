@@ -1,8 +1,10 @@
 """The device allocator: alignment, coalescing, exhaustion, and a model check over random calls."""
 
 import itertools
+import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,18 @@ def test_freed_neighbours_join():
         allocator.free(address)
     assert allocator.free_ranges == 1
     assert allocator.allocate(3 * 64) == 0
+
+
+def test_fragmentation_is_free_memory_outside_its_largest_piece():
+    allocator = Allocator(10 * 64)
+    places = [allocator.allocate(64) for _ in range(10)]
+    assert (allocator.largest_free, allocator.fragmentation) == (0, 0.0)
+    for n in (0, 2, 3, 4):
+        allocator.free(places[n])
+    assert (allocator.free_ranges, allocator.largest_free) == (2, 3 * 64)
+    assert allocator.fragmentation == 0.25
+    allocator.free(places[1])
+    assert (allocator.free_ranges, allocator.fragmentation) == (1, 0.0)
 
 
 def test_best_fit_keeps_large_ranges_whole():
@@ -58,12 +72,12 @@ def test_double_free():
 
 
 @given(st.lists(st.one_of(st.integers(0, 700), st.none()), max_size=80), st.randoms())
-def test_live_allocations_never_overlap_and_nothing_leaks(requests, random):
+def test_live_allocations_never_overlap_and_nothing_leaks(requests, draw):
     allocator = Allocator(8192, first=64)
     live: dict[int, int] = {}
     for request in requests:
         if request is None and live:
-            address = random.choice(sorted(live))
+            address = draw.choice(sorted(live))
             del live[address]
             allocator.free(address)
         elif request is not None:
@@ -79,3 +93,54 @@ def test_live_allocations_never_overlap_and_nothing_leaks(requests, random):
         allocator.free(address)
     assert allocator.allocated == 0
     assert allocator.free_ranges == 1
+
+
+@pytest.mark.parametrize("operations", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_many_operations_against_a_map_of_all_atoms(operations):
+    """Best fit, coalescing, refusals and sums after every operation, against an oracle that knows
+    of each atom only whether it is in use; and nothing leaks."""
+    atoms = 2048
+    draw = random.Random(operations)
+    allocator = Allocator(atoms * 64)
+    used = np.zeros(atoms, bool)
+    live: list[tuple[int, int]] = []  # first atom, atoms
+    refused = 0
+    for step in range(operations):
+        # The load swings, so that memory is nearly full, then nearly empty.
+        if live and draw.random() < (0.35 if step // 3000 % 2 else 0.6):
+            place = draw.randrange(len(live))
+            live[place], live[-1] = live[-1], live[place]
+            first, count = live.pop()
+            assert allocator.size_of(first * 64) == count * 64
+            allocator.free(first * 64)
+            used[first : first + count] = False
+        else:
+            nbytes = int(64 * draw.choice((1, 4, 40)) * draw.random() ** 2 * 5)
+            count = max(-(-nbytes // 64), 1)
+            starts, sizes = free_pieces(used)
+            fitting = sizes >= count
+            if fitting.any():
+                best = starts[fitting][np.argmin(sizes[fitting])]  # the lowest among equals
+                assert allocator.allocate(nbytes) == best * 64
+                used[best : best + count] = True
+                live.append((int(best), count))
+            else:
+                refused += 1
+                with pytest.raises(OutOfDeviceMemory):
+                    allocator.allocate(nbytes)
+        _, sizes = free_pieces(used)
+        largest = int(sizes.max(initial=0))
+        assert allocator.free_ranges == len(sizes)
+        assert allocator.largest_free == 64 * largest
+        assert allocator.allocated == 64 * np.count_nonzero(used)
+    assert refused > operations / 1000
+    for first, _ in live:
+        allocator.free(first * 64)
+    assert (allocator.allocated, allocator.free_ranges) == (0, 1)
+    assert allocator.largest_free == atoms * 64
+
+
+def free_pieces(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and sizes of the runs that are not in use, in atoms."""
+    edges = np.flatnonzero(np.diff(used, prepend=True, append=True))
+    return edges[::2], edges[1::2] - edges[::2]

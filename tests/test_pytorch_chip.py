@@ -447,6 +447,8 @@ def test_memory_and_chip_are_told() -> None:
     stats = torch.pagoda.memory_stats()
     assert stats["allocated_bytes.all.current"] == stats["reserved_bytes.all.peak"] == before
     assert stats["free_pieces"] == opened.memory.free_ranges
+    assert stats["largest_free_bytes"] == opened.memory.largest_free
+    assert stats["fragmentation"] == opened.memory.fragmentation
     told = torch.pagoda.get_device_properties()
     assert told.name == torch.pagoda.get_device_name() == "tiny"
     assert (told.multi_processor_count, told.total_memory) == (1, opened.chip.dram_bytes)

@@ -56,8 +56,9 @@ class ChipQueries:
         memory = self._opened().memory
         return memory.size - memory.allocated, memory.size
 
-    def memory_stats(self, device: Any = None) -> dict[str, int]:
-        """The figures above under torch's names, and in how many pieces free memory is."""
+    def memory_stats(self, device: Any = None) -> dict[str, int | float]:
+        """The figures above under torch's names; in how many pieces free memory is, bytes of the
+        largest, and the share outside of it."""
         memory = self._opened().memory
         return {
             "allocated_bytes.all.current": memory.allocated,
@@ -65,6 +66,8 @@ class ChipQueries:
             "reserved_bytes.all.current": memory.allocated,
             "reserved_bytes.all.peak": memory.peak,
             "free_pieces": memory.free_ranges,
+            "largest_free_bytes": memory.largest_free,
+            "fragmentation": memory.fragmentation,
         }
 
     def empty_cache(self) -> None:

@@ -76,6 +76,17 @@ class Allocator:
         """How many pieces free memory is in: 1 is unfragmented."""
         return len(self._free)
 
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest free piece: the most that `allocate` can give now."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of free memory that lies outside of its largest piece: 0 is unfragmented."""
+        free = sum(self._free.values())
+        return 1.0 - self.largest_free / free if free else 0.0
+
     def _add_free(self, start: int, size: int) -> None:
         self._free[start] = size
         self._ends[start + size] = start
