@@ -28,7 +28,7 @@ from pagoda.runtime.service.launches import (
 )
 from pagoda.runtime.service.protocol import ProtocolError
 from pagoda.runtime.service.shared_memory import SharedMemory
-from pagoda.runtime.service.turns import Scheduler, TenantGone
+from pagoda.runtime.service.turns import Scheduler, Tenant, TenantGone
 
 _MAX_PROGRAM_BYTES = 64 << 20  # of one context's programs; those used longest ago are forgotten
 _MAX_KNOWN_LAUNCHES = 256
@@ -54,6 +54,15 @@ class Peer:
     user: str
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a context asks of the scheduler. name: whose past counts if it opens again."""
+
+    name: str
+    priority: int
+    weight: float
+
+
 class Context:
     """See above. One thread, the connection's, calls everything but `lose`, `interrupt` and
     `figures`."""
@@ -66,10 +75,11 @@ class Context:
         chip: Chip,
         account: Account,
         limits: tuple[int, int],
-        join: Callable[[], tuple[Scheduler, Any]],
+        scheduler: Scheduler,
+        share: Share,
         machine: MachineFactory,
     ) -> None:
-        """limits: bytes of this context, and of all of its user's. join: to the queue."""
+        """limits: bytes of this context, and of all of its user's."""
         self.number, self.peer, self.name, self.chip = number, peer, name, chip
         self.memory = SharedMemory(chip.dram_bytes)
         self.interrupts = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -77,8 +87,8 @@ class Context:
         self.launches = self.cycles = self.faults = 0
         self._account, (self.limit, self._user_limit) = account, limits
         self._grants = Grants(chip.dram_bytes)
-        self._join = join
-        self._scheduler, self._tenant = join()
+        self._scheduler, self._share = scheduler, share
+        self._tenant = self._join()
         self._machine: Machine | None = machine(chip, self.memory.array)
         self._lock = Lock()  # over the next three, and `lost`
         self._running: Machine | None = None
@@ -89,6 +99,13 @@ class Context:
         self._next_program = 0
         self._known: OrderedDict[bytes, tuple[Launch, bool]] = OrderedDict()
         self._opened = time.monotonic()
+
+    def _join(self) -> Tenant:
+        """A place in the queue."""
+        share = self._share
+        return self._scheduler.join(
+            share.name, priority=share.priority, weight=share.weight, cores=self.chip.cores
+        )
 
     # Memory.
 
@@ -203,7 +220,7 @@ class Context:
             self._require_alive()
             if self._cancelled:  # it has left the queue to stop waiting
                 self._scheduler.leave(self._tenant)
-                self._scheduler, self._tenant = self._join()
+                self._tenant = self._join()
                 self._cancelled = False
         return pack_result(Outcome.INTERRUPTED)[0], None
 
@@ -245,6 +262,7 @@ class Context:
                 return
             self.lost = reason
             self._end_launch()
+            self._scheduler.leave(self._tenant)
             self._machine = None
             self._account.give_back(self._grants.held, self.peer.uid)
             self._grants = Grants(self.chip.dram_bytes)
@@ -252,7 +270,6 @@ class Context:
     def close(self) -> None:
         """The connection is over: everything is free again."""
         self.lose(Refused("closed", "the device was closed"))
-        self._scheduler.leave(self._tenant)
         self.memory.close()
         os.close(self.interrupts)
 
@@ -265,13 +282,14 @@ class Context:
         """What is to be known about this context, as plain data."""
         return {
             "context": self.number,
+            "tenant": self._tenant.order,  # in the scheduler's figures
             "pid": self.peer.pid,
             "name": self.name,
             "user": self.peer.user,
             "chip": self.chip.name,
             "cores": self.chip.cores,
-            "priority": self._tenant.priority,
-            "weight": self._tenant.weight,
+            "priority": self._share.priority,
+            "weight": self._share.weight,
             "memory_bytes": self.held,
             "memory_limit_bytes": self.limit,
             "launches": self.launches,

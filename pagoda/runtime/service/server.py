@@ -28,7 +28,7 @@ from pagoda.isa.machine import Machine
 from pagoda.runtime.device import host_threads
 from pagoda.runtime.errors import ServiceError
 from pagoda.runtime.memory import OutOfDeviceMemory
-from pagoda.runtime.service.context import Context, MachineFactory, Peer, Refused
+from pagoda.runtime.service.context import Context, MachineFactory, Peer, Refused, Share
 from pagoda.runtime.service.grants import Account, available_host_bytes
 from pagoda.runtime.service.launches import pack_chip
 from pagoda.runtime.service.limits import Limits
@@ -175,11 +175,11 @@ class Service:
         """End every launch and every context; the chip is free at once, also if a launch hangs."""
         with self._lock:
             self._resets += 1
-            self._scheduler = Scheduler(self.chip.cores)  # a hanging launch keeps the old one
             contexts = [client.context for client in self._clients if client.context]
         text = f"the device was reset by {by}"
         for context in contexts:
             context.lose(Refused("lost", text))
+        self._scheduler.reset()  # a launch that hangs keeps its thread, but not the cores
         log.warning("reset by %s: %d contexts ended", by, len(contexts))
 
     # One connection.
@@ -327,16 +327,10 @@ class Service:
         most = min(allowed.memory, self.chip.dram_bytes)
         limit = min(fields["memory_limit"] or most, most)
 
-        def join() -> tuple[Scheduler, Any]:
-            with self._lock:
-                scheduler = self._scheduler
-            return scheduler, scheduler.join(
-                client.name, priority=fields["priority"], weight=weight, cores=chip.cores
-            )
-
+        share = Share(f"{client.peer.user}/{client.name}", fields["priority"], weight)
         context = Context(
             next(self._numbers), client.peer, client.name, chip, self._account,
-            (limit, allowed.memory), join, self._machine,
+            (limit, allowed.memory), self._scheduler, share, self._machine,
         )  # fmt: skip
         with self._lock:
             client.context = context
@@ -399,8 +393,6 @@ class Service:
             name: self._past[name] + sum(each[name] for each in contexts)
             for name in ("launches", "cycles", "faults")
         }
-        with self._lock:
-            scheduler = self._scheduler
         return {
             "device": str(self.path),
             "pid": os.getpid(),
@@ -412,7 +404,7 @@ class Service:
             "memory_bytes": self._account.granted,
             "memory_total_bytes": self._account.total,
             **sums,
-            "queue": scheduler.snapshot(),
+            "queue": self._scheduler.snapshot(),
             "contexts": sorted(contexts, key=lambda each: each["context"]),
             "problems": list(self.problems),
         }

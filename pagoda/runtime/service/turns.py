@@ -14,10 +14,11 @@ class TenantGone(RuntimeError):
 
 
 class Tenant:
-    """Somebody who has turns."""
+    """Somebody who has turns. order: of joining."""
 
-    def __init__(self, name: str, priority: int, weight: float, cores: int) -> None:
-        self.name, self.priority, self.weight, self.cores = name, priority, weight, cores
+    def __init__(self, name: str, priority: int, weight: float, cores: int, order: int) -> None:
+        self.order, self.name, self.cores = order, name, cores
+        self.priority, self.weight = priority, weight
         self.gone = False
         self.cycles = 0
 
@@ -41,10 +42,12 @@ class Scheduler:
         self._waiting: deque[Tenant] = deque()
         self._running: Tenant | None = None
         self._tenants: list[Tenant] = []
+        self._joined = self._generation = 0
 
     def join(self, name: str, *, priority: int = 0, weight: float = 1.0, cores: int = 0) -> Tenant:
-        tenant = Tenant(name, priority, weight, cores or self.cores)
         with self._change:
+            self._joined += 1
+            tenant = Tenant(name, priority, weight, cores or self.cores, self._joined)
             self._tenants.append(tenant)
         return tenant
 
@@ -69,13 +72,21 @@ class Scheduler:
             if tenant.gone:
                 self._change.notify_all()
                 raise TenantGone(tenant.name)
-            self._running = tenant
+            self._running, generation = tenant, self._generation
         try:
             yield Turn(tenant, range(tenant.cores))
         finally:
             with self._change:
-                self._running = None
-                self._change.notify_all()
+                if generation == self._generation:
+                    self._running = None
+                    self._change.notify_all()
+
+    def reset(self) -> None:
+        """Abandon whatever runs: the cores are free at once."""
+        with self._change:
+            self._generation += 1
+            self._running = None
+            self._change.notify_all()
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data: who runs, who waits, what each has had."""
