@@ -26,7 +26,6 @@ from pagoda.runtime.memory import OutOfDeviceMemory
 
 aten = torch.ops.aten
 NAME = "pagoda"
-DEFAULT_CHIP = "edge"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -60,7 +59,7 @@ def use(executor: Executor | None = None, allocator: Allocator | None = None) ->
 
 def _open_default() -> None:
     if state.executor is None and state.allocator is None:
-        importlib.import_module("pagoda.pytorch.chip").use_chip(DEFAULT_CHIP)
+        importlib.import_module("pagoda.pytorch.chip").use_chip()
 
 
 def _allocator() -> Allocator:
@@ -155,7 +154,7 @@ class _Module(ChipQueries, types.ModuleType):
     def reset_fallbacks(self) -> None:
         state.fallbacks.clear()
 
-    def use_chip(self, chip: Any = DEFAULT_CHIP) -> Any:
+    def use_chip(self, chip: Any = None) -> Any:
         """See `pagoda.pytorch.chip.use_chip`."""
         return importlib.import_module("pagoda.pytorch.chip").use_chip(chip)
 
