@@ -28,6 +28,7 @@ from pagoda.isa.machine import Machine
 from pagoda.runtime.device import host_threads
 from pagoda.runtime.errors import ServiceError
 from pagoda.runtime.memory import OutOfDeviceMemory
+from pagoda.runtime.scheduler import Scheduler
 from pagoda.runtime.service.context import Context, MachineFactory, Peer, Refused, Share
 from pagoda.runtime.service.grants import Account, available_host_bytes
 from pagoda.runtime.service.launches import pack_chip
@@ -44,7 +45,6 @@ from pagoda.runtime.service.protocol import (
     credentials,
     pack,
 )
-from pagoda.runtime.service.turns import Scheduler
 from pagoda.sim import Simulator
 
 MAX_CONNECTIONS = 512
