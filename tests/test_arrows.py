@@ -37,6 +37,7 @@ OWNERS = {
     "gguf": "llm",
     "tokenizers": "llm train",
     "onnx": "pytorch",
+    "msgpack": "runtime",
     "jinja2": "llm",
     "click": "cli",
     "prometheus_client": "cli",

@@ -29,14 +29,84 @@ def works() -> bool:
     return (torch.ones(3).to(P) + 1).cpu().tolist() == [2, 2, 2]
 
 
-def test_a_tensor_on_the_cpu():
-    with pytest.raises(RuntimeError) as raised:
-        nn.Linear(3, 4).to(P)(torch.ones(2, 3))
-    assert str(raised.value) == (
-        "an operation on device pagoda got a tensor of shape (2, 3) on device cpu; all tensors "
-        'must be on device pagoda. Move it with .to("pagoda").'
+def told(op, argument, shape):
+    """What an operation says of its argument on the CPU."""
+    return (
+        f"operation {op} got tensors on device pagoda and, as argument {argument!r}, one of shape "
+        f"{shape} on device cpu. All must be on one device; only numbers, tensors without "
+        'dimensions, may stay on the CPU. Move it with .to("pagoda").'
     )
+
+
+X, C = torch.ones(2, 3), torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda x, c: x + c, told("aten.add.Tensor", "other", (2, 3))),
+        (lambda x, c: c.clone().mul_(x), told("aten.mul_.Tensor", "self", (2, 3))),
+        (lambda x, c: torch.cat([x, c]), told("aten.cat.default", "tensors[1]", (2, 3))),
+        (lambda x, c: torch.where(c > 0, x, x), told("aten.where.self", "condition", (2, 3))),
+        (lambda x, c: x @ c.T, told("aten.mm.default", "mat2", (3, 2))),
+    ],
+)
+def test_a_tensor_on_the_cpu(function, text):
+    with pytest.raises(RuntimeError) as raised:
+        function(X.to(P), C)
+    assert str(raised.value) == text
+    with pytest.raises(RuntimeError) as raised:
+        torch.compile(function, backend=P)(X.to(P), C)
+    assert str(raised.value).startswith(f"Tensor device mismatch\n  Explanation: {text}\n")
     assert works()
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (nn.Linear(3, 4), told("aten.addmm.default", "mat1", (2, 3))),
+        (nn.LSTM(3, 4), told("aten.lstm.input", "input", (2, 1, 3))),
+        (nn.GRU(3, 4), told("aten.gru.input", "input", (2, 1, 3))),
+        (nn.LayerNorm(3), told("aten.addcmul.default", "tensor1", (2, 3))),
+        (nn.BatchNorm1d(3), told("aten.native_batch_norm.default", "input", (2, 3))),
+    ],
+)
+def test_inputs_of_a_model_on_the_cpu(module, text):
+    with pytest.raises(RuntimeError) as raised:
+        module.to(P)(C)
+    assert str(raised.value) == text
+    assert works()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_on_the_cpu(compiled):
+    """As in torch, they mix with what is on the device, first or last, given or made."""
+
+    def mixed(x, number):
+        two = torch.tensor(2.0)
+        return (
+            number * x, x - number, (number + 1) * x, torch.maximum(two, x), x / (two + 1),
+            torch.where(x > 1, number, x), number.to(x.device) + 1, torch.tensor(3) - x,
+        )  # fmt: skip
+
+    x, number = torch.tensor([0.5, 3.0]), torch.tensor(1.5)
+    run = torch.compile(mixed, backend=P, fullgraph=True) if compiled else mixed
+    for found, want in zip(run(x.to(P), number), mixed(x, number), strict=True):
+        assert found.device.type == P
+        torch.testing.assert_close(found.cpu(), want)
+
+
+def test_indices_on_the_cpu():
+    """As in torch, they are copied over."""
+    x = torch.arange(6.0).reshape(3, 2)
+    d = x.to(P)
+    assert d[torch.tensor([2, 0])].tolist() == [[4, 5], [0, 1]]
+    assert d[x > 2].tolist() == [3, 4, 5]
+    d[torch.tensor([1])] = 7.0
+    d[x > 4] = -1.0
+    assert d.tolist() == [[0, 1], [7, 7], [4, -1]]
+    made = torch.compile(lambda x: x[torch.tensor([2, 0])], backend=P, fullgraph=True)(x.to(P))
+    assert made.tolist() == [[4, 5], [0, 1]]
 
 
 def test_float64():

@@ -72,14 +72,14 @@ class Case:
         form = dict(stride=self.stride, padding=self.padding, groups=self.groups)
         form["dilation"] = self.dilation
         if self.extra is not None:
-            op = F.conv_transpose2d if x.dim() == 4 else F.conv_transpose1d
+            op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.dim() - 3]
             return op(x, w, bias, output_padding=self.extra, **form)
         return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](x, w, bias, **form)
 
 
 @st.composite
-def cases(draw):
-    rank = draw(st.sampled_from((1, 2, 2, 2)))
+def cases(draw, ranks=(1, 2, 2, 2)):
+    rank = draw(st.sampled_from(ranks))
 
     def sizes(least, most):
         return tuple(draw(st.integers(least, most)) for _ in range(rank))
@@ -311,21 +311,29 @@ def test_infinities_as_in_float32():
     torch.testing.assert_close(found, F.conv2d(x, w), equal_nan=True)
 
 
+@pytest.mark.parametrize("extra", [None, (1, 1, 0)])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_three_dimensions(dtype):
+def test_three_dimensions(dtype, extra):
     sizes, kernel, steps = (5, 6, 7), (3, 2, 3), ((2, 1, 2), (1, 0, 2), (1, 2, 1))
-    case = Case(2, 2, 3, 2, sizes, kernel, *steps, None, True, False, dtype)
+    sizes = sizes if extra is None else (2, 4, 3)
+    case = Case(2, 2, 3, 2, sizes, kernel, *steps, extra, True, False, dtype)
     check_forward(case)
     check_gradients(case)
 
 
-def test_transposed_in_three_dimensions_is_refused():
-    with pytest.raises(NotImplementedError) as error:
-        F.conv_transpose3d(torch.zeros(1, 1, 3, 3, 3).to(P), torch.zeros(1, 1, 2, 2, 2).to(P))
-    assert (
-        "a transposed convolution in 3 dimensions has no kernel, only those in one and two. Write "
-        "it as a sum of those."
-    ) in str(error.value)
+def test_transposed_in_three_dimensions_compiled():
+    steps = (2, 2, 2), (1, 1, 1), (1, 1, 1)
+    case = Case(1, 3, 2, 1, (2, 3, 3), (3, 3, 3), *steps, (1, 1, 1), False, False, BF16)
+    check_forward(case, compiled=True)
+    check_gradients(case, compiled=True)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(cases(ranks=(3,)))
+def test_many_in_three_dimensions(case):
+    check_forward(case)
+    check_gradients(case)
 
 
 def test_cached_versions_serve_only_the_sizes_they_have_fixed():

@@ -211,14 +211,15 @@ def test_mixed_devices_are_refused() -> None:
     with pytest.raises(RuntimeError) as error:
         eager.run(torch.ops.aten.add.Tensor, (torch.ones(2).to(P), torch.ones(2)), {})
     assert str(error.value) == (
-        "an operation on device pagoda got a tensor of shape (2,) on device cpu; all tensors must "
-        'be on device pagoda. Move it with .to("pagoda").'
+        "operation aten.add.Tensor got tensors on device pagoda and, as argument 'other', one of "
+        "shape (2,) on device cpu. All must be on one device; only numbers, tensors without "
+        'dimensions, may stay on the CPU. Move it with .to("pagoda").'
     )
 
 
 def test_memory_survives_an_exception_in_flight() -> None:
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        with pytest.raises(RuntimeError, match="as argument 'other', one of shape"):
             torch.ones(2).to(P) + torch.ones(2)
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.testing._internal.common_utils import freeze_rng_state
 
 import pagoda
 from pagoda.pytorch.philox import MULTIPLIER, ROUNDS, WEYL
@@ -68,6 +69,15 @@ def test_normal_draws_are_philox():
     np.testing.assert_allclose(got.cpu().numpy(), want, rtol=2e-5, atol=2e-6)
 
 
+def test_normal_draws_of_many_means():
+    mean, std = torch.tensor([[5.0], [9.0]]), torch.tensor([0.0, 2])
+    there, wide = mean.to("pagoda"), std.to("pagoda")
+    got, key = drawn(lambda: torch.normal(there, wide), 6)
+    unit, same = drawn(lambda: torch.randn(2, 2, device="pagoda"), 6)
+    assert key == same
+    assert torch.equal(got.cpu(), unit.cpu() * std + mean)
+
+
 def test_integer_draws_are_philox():
     got, key = drawn(lambda: torch.randint(-3, 9, (40,), device="pagoda"), 7)
     want = [-3 + (philox(n, 0, key)[0] & 0x7FFFFFFF) % 12 for n in range(40)]
@@ -108,6 +118,20 @@ def test_state_of_the_generator_is_saved_and_restored():
     torch.pagoda.reset_fallbacks()
     torch.nn.functional.dropout(again, 0.5)
     assert torch.pagoda.fallbacks() == {}
+
+
+def test_compiled_code_leaves_the_generator_as_it_was():
+    x = torch.ones(100, device="pagoda")
+
+    def apart(x):
+        with freeze_rng_state():  # which sets the state where nothing can be compiled
+            torch.manual_seed(3)
+            return torch.nn.functional.dropout(x)
+
+    state = torch.get_rng_state()
+    got = torch.compile(apart, backend="pagoda")(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(got, apart(x))
 
 
 def test_attention_with_dropout():

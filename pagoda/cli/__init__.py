@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "Measure: cycles, utilisation, host speed; --json for scripts.",
     "chat": "Talk to a language model that runs on the simulated chip.",
     "chips": "List the preset chips, or describe one.",
+    "device": "Share one chip among programs: start, stop, status, reset.",
     "dump": "Show a kernel at every compiler stage.",
     "isa": "Print the instruction set manual, or disassemble words.",
     "rtl": "Write a chip's Verilog.",

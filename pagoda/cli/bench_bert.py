@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.options import device_chip_option, json_option
 from pagoda.isa.chip import Chip
 
 BATCH = 8
@@ -16,7 +16,7 @@ LENGTHS = (128, 512)
 
 
 @click.command()
-@chip_option
+@device_chip_option
 @json_option
 def bert(chip: Chip, as_json: bool) -> None:
     """BERT-base, batch 8, sequences of 128 and 512 tokens, bfloat16."""

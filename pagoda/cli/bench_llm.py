@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pagoda.cli.figures import show_figures
 from pagoda.cli.llm_session import open_session
-from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.options import device_chip_option, json_option
 from pagoda.compiler.cache import VARIABLE
 from pagoda.isa.chip import PRESETS, Chip
 from pagoda.llm import ModelFile, find_weights
@@ -120,7 +120,7 @@ def measure(session: ChipSession, file: ModelFile) -> dict[str, object]:
 
 
 @click.command()
-@chip_option
+@device_chip_option
 @click.option(
     "--model",
     type=click.Path(path_type=Path),

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.options import device_chip_option, json_option
 from pagoda.isa.chip import Chip
 from pagoda.runtime import host_threads
 
@@ -74,7 +74,7 @@ def measure(
 
 
 @click.command()
-@chip_option
+@device_chip_option
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1, 64))
 @click.option(
     "--size", default=224, show_default=True, type=click.IntRange(32, 1024),

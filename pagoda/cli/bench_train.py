@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 
 from pagoda.cli.figures import show_figures
-from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.options import device_chip_option, json_option
 from pagoda.cli.terminal import drop_profiler_warning
 from pagoda.isa.chip import Chip
 
@@ -14,7 +14,7 @@ BATCH, LENGTH = 1, 1024
 
 
 @click.command()
-@chip_option
+@device_chip_option
 @click.option("--layers", type=click.IntRange(min=1), default=12, show_default=True)
 @json_option
 def train(chip: Chip, layers: int, as_json: bool) -> None:

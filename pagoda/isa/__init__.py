@@ -14,7 +14,15 @@ from pagoda.isa.commands import COMMANDS
 from pagoda.isa.definition import Definition
 from pagoda.isa.fault import Fault, FaultKind
 from pagoda.isa.functions import VECTOR_FUNCTIONS
-from pagoda.isa.machine import CAUSES, ENGINES, TRACE_DTYPE, Counters, Machine, Result
+from pagoda.isa.machine import (
+    CAUSES,
+    ENGINES,
+    TRACE_DTYPE,
+    Counters,
+    Interrupted,
+    Machine,
+    Result,
+)
 from pagoda.isa.numbers import DType
 from pagoda.isa.program import CONTRACT_VERSION, Launch, LineEntry, Program, Slot
 from pagoda.isa.rv32 import RV32
@@ -39,6 +47,7 @@ __all__ = [
     "Entry",
     "Fault",
     "FaultKind",
+    "Interrupted",
     "Launch",
     "LineEntry",
     "Machine",

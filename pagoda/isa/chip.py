@@ -163,6 +163,28 @@ class Chip:
         """Bytes per cycle of one core's DRAM port: every core owns an equal share of the turns."""
         return self.dram_bytes_per_cycle / self.cores
 
+    def partition(self, cores: int) -> "Chip":
+        """So many of this chip's cores as a chip: they own the same DRAM turns as before, so their
+        programs take the same cycles whoever uses the others. Raises ChipError."""
+        if not 1 <= cores <= self.cores:
+            raise ChipError(
+                f"chip {self.name!r}: a partition of {cores} cores: the chip has {self.cores}; "
+                f"ask for 1 to {self.cores}"
+            )
+        if cores == self.cores:
+            return self
+        part = replace(
+            self, name=f"{self.name}:{cores}", cores=cores,
+            dram_bytes_per_cycle=self.dram_share * cores,
+        )  # fmt: skip
+        if part.dram_share != self.dram_share:
+            raise ChipError(
+                f"chip {self.name!r}: a partition of {cores} cores: their bandwidth would be "
+                f"{self.dram_share * cores} bytes per cycle, whose denominator exceeds 1000; "
+                "use all cores, or another bandwidth"
+            )
+        return part
+
     @property
     def macs_per_cycle(self) -> int:
         """Multiply-accumulates per cycle of all cores together, at best."""

@@ -67,6 +67,14 @@ class Result:
     trace: np.ndarray | None = None  # of TRACE_DTYPE, if the machine was asked to keep it
 
 
+class Interrupted(RuntimeError):
+    """A launch was ended from outside before its end. DRAM keeps what it had written by then."""
+
+    def __init__(self, cycles: int) -> None:
+        super().__init__(f"the launch was interrupted after {cycles:,} cycles")
+        self.cycles = cycles
+
+
 class Machine(Protocol):
     """One chip that runs launches, one at a time."""
 

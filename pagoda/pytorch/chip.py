@@ -14,7 +14,7 @@ from pagoda.isa.chip import Chip, load_chip
 from pagoda.kernels.build import build
 from pagoda.pytorch import device as torch_device
 from pagoda.pytorch.errors import Unsupported
-from pagoda.runtime import Device
+from pagoda.runtime import Device, open_device
 from pagoda.runtime.executor import LoadedExecutable
 from pagoda.runtime.profile import Profile
 from pagoda.runtime.profile import profile as profile_device
@@ -89,17 +89,23 @@ def executable_of(
     return executable
 
 
-def use_chip(chip: Chip | str = torch_device.DEFAULT_CHIP, cache: Cache | None = None) -> Device:
+def use_chip(chip: Chip | Device | str | None = None, cache: Cache | None = None) -> Device:
     """Put the torch device "pagoda" on a new simulated chip; tensors made before stay where they
     were, and can only be copied to the CPU.
 
-    chip: a `Chip`, the name of a preset or the path of a chip file. cache: of compiled code; the
+    chip: a `Chip`, the name of a preset, the path of a chip file, or a device that is open already;
+    None is the chip of the device service, if one runs, else "edge". cache: of compiled code; the
     user's (`pagoda.compiler.cache.default_directory`) unless given, `Cache(None)` for none.
-    Returns the runtime device, for its counters, memory and watchdog. Raises ChipError.
+    Returns the runtime device, for its counters, memory and watchdog. Raises ChipError,
+    ServiceError.
     """
-    opened = Device(load_chip(chip) if isinstance(chip, str) else chip)
+    opened = chip if isinstance(chip, Device) else open_device(_chip(chip))
     use_device(opened, cache)
     return opened
+
+
+def _chip(chip: Chip | str | None) -> Chip | None:
+    return load_chip(chip) if isinstance(chip, str) else chip
 
 
 def use_device(opened: Device, cache: Cache | None = None) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.float32_terms import in_terms
 from pagoda.pytorch.in_memory import in_memory
 
@@ -184,9 +183,8 @@ def convolution(
 ) -> torch.Tensor:
     """aten.convolution in one or two dimensions: x [n, c, *space], weight [o, c / groups, *kernel]
     (transposed: [c, o / groups, *kernel]). dtype: of the result, float32 or that of x."""
-    rank = _rank(weight)
     _fixed((*x.shape[1:], *weight.shape))
-    if rank == 1:
+    if weight.dim() == 3:
         steps = [[1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding]]
         out = convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *steps, groups, dtype)
         return out.squeeze(2)
@@ -227,7 +225,7 @@ def convolution_backward(
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients for x, weight and bias, where `output_mask` asks for them."""
-    if _rank(weight) == 1:
+    if weight.dim() == 3:
         steps = [[1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding]]
         tensors = (t.unsqueeze(2) for t in (grad, x, weight))
         for_x, for_w, for_bias = convolution_backward(
@@ -367,16 +365,6 @@ def _laid_out(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch
 
 def _is_channels_last(t: torch.Tensor) -> bool:
     return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def _rank(weight: torch.Tensor) -> int:
-    rank = weight.dim() - 2
-    if rank not in (1, 2):
-        raise Unsupported(
-            f"a transposed convolution in {rank} dimensions has no kernel, only those in one and "
-            "two. Write it as a sum of those."
-        )
-    return rank
 
 
 def _fixed(sizes: Sequence[Any]) -> list[int]:

@@ -74,6 +74,11 @@ def _uniform(
     return torch.rand_like(x) * (high - low) + low
 
 
+def _normal(size: Any, *, mean: Any, std: Any, generator: Any = None, **made: Any) -> torch.Tensor:
+    made.pop("requires_grad")
+    return torch.randn(size, **made) * std + mean
+
+
 def _bernoulli(x: torch.Tensor, p: float = 0.5, generator: Any = None) -> torch.Tensor:
     return (torch.rand_like(x, dtype=torch.float32) < p).to(x.dtype)
 
@@ -134,6 +139,7 @@ _OURS: dict[Any, Callable] = {
        for op in (aten.index_put.default, aten.scatter_add.default)},
     aten.bernoulli.p: _bernoulli,
     aten.uniform.default: _uniform,
+    torch.ops.prims.normal.default: _normal,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten.logspace.default: _logspace,
     aten.hardshrink_backward.default: _hardshrink_backward,

@@ -18,7 +18,7 @@ import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pagoda.compiler.region import Allocator, Executor
-from pagoda.pytorch import autocast
+from pagoda.pytorch import autocast, mixing
 from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 from pagoda.runtime import Device
@@ -26,7 +26,6 @@ from pagoda.runtime.memory import OutOfDeviceMemory
 
 aten = torch.ops.aten
 NAME = "pagoda"
-DEFAULT_CHIP = "edge"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -60,7 +59,7 @@ def use(executor: Executor | None = None, allocator: Allocator | None = None) ->
 
 def _open_default() -> None:
     if state.executor is None and state.allocator is None:
-        importlib.import_module("pagoda.pytorch.chip").use_chip(DEFAULT_CHIP)
+        importlib.import_module("pagoda.pytorch.chip").use_chip()
 
 
 def _allocator() -> Allocator:
@@ -138,9 +137,12 @@ class _Module(ChipQueries, types.ModuleType):
     def initial_seed(self) -> int:
         return torch.initial_seed()
 
+    # Dynamo would compile these two, and cannot inside of no_dispatch, where torch calls them.
+    @torch._disable_dynamo
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
 
+    @torch._disable_dynamo
     def set_rng_state(self, new_state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(new_state)
 
@@ -152,7 +154,7 @@ class _Module(ChipQueries, types.ModuleType):
     def reset_fallbacks(self) -> None:
         state.fallbacks.clear()
 
-    def use_chip(self, chip: Any = DEFAULT_CHIP) -> Any:
+    def use_chip(self, chip: Any = None) -> Any:
         """See `pagoda.pytorch.chip.use_chip`."""
         return importlib.import_module("pagoda.pytorch.chip").use_chip(chip)
 
@@ -389,7 +391,7 @@ def _patch_printing() -> None:
 
 def _register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module("torch.pagoda"))
-    libraries = _register_operations() + autocast.register()
+    libraries = [*_register_operations(), *autocast.register(), mixing.register()]
     _patch_storage()
     _patch_module_apply()
     _patch_printing()

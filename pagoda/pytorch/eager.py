@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from pagoda.pytorch import composed, device, guards, sorting
+from pagoda.pytorch import composed, device, guards, mixing, sorting
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
@@ -90,14 +90,18 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return composed.REWRITTEN[op](*args, **kwargs)
     if runs_on_host(op, args, kwargs):
         return _on_host(op, args, kwargs)
+    if op.overloadpacket in mixing.INDEXED:
+        indices = [None if i is None else i.to(device.NAME) for i in args[1]]
+        args = (args[0], indices, *args[2:])
+    mixing.require_one_device(op, args, kwargs)
     if op is aten._index_put_impl_.default:  # what `index_put_` is on most devices
         op, args = aten.index_put_.default, args[:4]
     if op is aten.index_put_.default and composed.fills_mask(args):
         return composed.fill_mask_(*args[:3])
-    if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+    if op.overloadpacket in mixing.INDEXED:
         args = (args[0], composed.positions(args[1]), *args[2:])
     require_types(op, args, kwargs)
-    args = _tensors_for_numbers(op, args)
+    args = mixing.tensors_for_numbers(op, args)
     flat, spec = pytree.tree_flatten((args, kwargs))
     flat = _separate([_place(a) for a in flat], _written(op, args, kwargs))
     dynamic_ok = _symbolic_arguments(op)
@@ -184,21 +188,6 @@ def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     return args[0].shape[dim] <= sorting.LIMIT
 
 
-def _tensors_for_numbers(op: Any, args: tuple) -> tuple:
-    """Numbers where the schema has tensors (`x & 3`); torch takes them back for some operations
-    only."""
-    if torch._C._should_allow_numbers_as_tensors(op._schema.name.split("::")[1]):
-        return args
-    return tuple(
-        torch.tensor(value) if type(value) in (bool, int, float) and _is_tensor(declared) else value
-        for value, declared in zip(args, op._schema.arguments, strict=False)
-    )
-
-
-def _is_tensor(declared: Any) -> bool:
-    return str(declared.type) in ("Tensor", "Optional[Tensor]")
-
-
 def _has_empty_result(op: Any, kwargs: dict[str, Any]) -> bool:
     empty = {n for n, a in kwargs.items() if isinstance(a, torch.Tensor) and a.numel() == 0}
     return bool(empty) and any(a.is_out and a.name in empty for a in op._schema.arguments)
@@ -236,13 +225,8 @@ def _place(a: Any) -> Any:
     dimensions of size 1, are made equal, so that they never cause a new compilation."""
     if not isinstance(a, torch.Tensor):
         return a
-    if a.device.type != device.NAME:
-        if a.dim() == 0:  # its type says only that it is a float, as in torch's own rules
-            return a.to(device.NAME, torch.float32 if a.dtype == torch.float64 else a.dtype)
-        raise RuntimeError(
-            f"an operation on device pagoda got a tensor of shape {tuple(a.shape)} on device "
-            f'{a.device}; all tensors must be on device pagoda. Move it with .to("pagoda").'
-        )
+    if a.device.type != device.NAME:  # its type says only that it is a float, as torch has it
+        return a.to(device.NAME, torch.float32 if a.dtype == torch.float64 else a.dtype)
     if 1 not in a.shape:
         return a
     strides, below = list(a.stride()), 1

@@ -11,6 +11,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from pagoda.kernels.user import sources
+from pagoda.pytorch.compiled_mixing import bring_over
 from pagoda.pytorch.matmul_precision import matmul_precision
 
 aten = torch.ops.aten
@@ -27,6 +28,7 @@ class GraphPass(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         share_heads(graph)
+        bring_over(graph)
 
     def uuid(self) -> str:
         return f"{source_hash()} {matmul_precision()} {sources()} {self.places}"

@@ -17,7 +17,17 @@ from torch._inductor.codegen.common import (
 )
 from torch._inductor.compile_fx import compile_fx
 
-from pagoda.pytorch import decompositions, device, eager, guards, layouts, optimizers, qdq, scalars
+from pagoda.pytorch import (
+    compiled_mixing,
+    decompositions,
+    device,
+    eager,
+    guards,
+    layouts,
+    optimizers,
+    qdq,
+    scalars,
+)
 from pagoda.pytorch.graph_pass import BiasPass, GraphPass
 from pagoda.pytorch.places import digest
 from pagoda.pytorch.scheduling import PagodaScheduling
@@ -183,6 +193,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
 def _register() -> None:
     guards.mend()
+    compiled_mixing.mend()
     layouts.register()
     optimizers.register()
     register_interface_for_device(device.NAME, _Interface)

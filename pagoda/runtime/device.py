@@ -47,20 +47,30 @@ def host_threads() -> int:
 
 
 class Device:
-    """A chip with an operating system of one process.
+    """A chip with an operating system, as one process sees it.
 
     Addresses are DRAM byte addresses; `pointer` turns one into a host pointer to the same bytes.
     machine: default a simulator, on so many host threads (default: one for each processor).
+    memory: who hands out the machine's DRAM; by default an allocator of all of it, or of its first
+    `memory_limit` bytes.
     """
 
     def __init__(
-        self, chip: Chip, machine: Machine | None = None, threads: int | None = None
+        self,
+        chip: Chip,
+        machine: Machine | None = None,
+        threads: int | None = None,
+        memory: Allocator | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self.chip = chip
         if machine is None:
             machine = Simulator(chip, threads=threads or host_threads())
         self.machine = machine
-        self.memory = Allocator(chip.dram_bytes, first=64)  # no allocation has address 0
+        if memory is None:  # no allocation has address 0
+            most = chip.dram_bytes if memory_limit is None else memory_limit
+            memory = Allocator(max(min(most, chip.dram_bytes), 64), first=64)
+        self.memory = memory
         self.watchdog = WATCHDOG_CYCLES
         self.cycles = 0
         self.launches = 0

@@ -1,4 +1,4 @@
-"""Faults as Python exceptions."""
+"""What goes wrong on a device, as Python exceptions."""
 
 from pagoda.isa import Fault
 
@@ -12,3 +12,14 @@ class DeviceFault(RuntimeError):
     def __init__(self, message: str, fault: Fault) -> None:
         super().__init__(message)
         self.fault = fault
+
+
+class DeviceLost(RuntimeError):
+    """The device can run nothing more for this process: it was reset, or its service is gone.
+
+    What its tensors hold can still be copied to the host; to go on, open the device again.
+    """
+
+
+class ServiceError(RuntimeError):
+    """The device service cannot be reached, or refuses; the message says why and what helps."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pagoda.sim.emitter import VECTOR_LENGTH
 from pagoda.sim.jit import (
     copy_bytes,
     jit,
@@ -22,6 +23,7 @@ from pagoda.sim.jit import (
     store_i32,
     store_i64,
 )
+from pagoda.sim.lanes import encode_bf16
 from pagoda.sim.layout import CHUNK
 from pagoda.sim.numbers import F8_LANES, bf16_code, canonical, f8_code
 
@@ -88,7 +90,10 @@ def encode(lanes, dtype, target, count):
     if dtype == F32 or dtype == I32:
         copy_bytes(target, lanes, 4 * count)
     elif dtype == BF16:
-        for i in range(count):
+        vectors = count // VECTOR_LENGTH
+        if vectors > 0:
+            encode_bf16(target, lanes, vectors)
+        for i in range(vectors * VECTOR_LENGTH, count):
             store_16(target, i, bf16_code(load_i32(lanes, i)))
     elif dtype == I8:
         for i in range(count):

@@ -95,7 +95,6 @@ from pagoda.sim.layout import (
 )
 from pagoda.sim.values import (
     execute,
-    is_ahead,
     note_overflow,
     post,
     serve,
@@ -416,7 +415,7 @@ def run(st, sram, acc, scratch, jobs):
                 t = st[CYCLE]
                 cycles = 0
                 if answer == TO_EXECUTE:
-                    if helped and not is_ahead(st, _last_entry(st), bank, jobs):
+                    if helped:
                         post(st, _last_entry(st), bank, jobs, sram, acc, scratch)
                     elif execute(st, bank, sram, acc, scratch):
                         note_overflow(st, pc, st[COMMANDS] - 1)

@@ -15,6 +15,7 @@ from pagoda.isa.tables import (
     RSQRT_TABLE,
     SIN2PI_TABLE,
 )
+from pagoda.sim.emitter import VECTOR_LENGTH
 from pagoda.sim.jit import (
     ceil_f32,
     copy_bytes,
@@ -33,6 +34,17 @@ from pagoda.sim.jit import (
     store_i64,
     trunc_f32,
 )
+from pagoda.sim.lanes import (
+    EXP2_ROWS,
+    RECIPROCAL_ROWS,
+    exp2_values,
+    exp2_where,
+    maximum,
+    minimum,
+    reciprocal_values,
+    reciprocal_where,
+)
+from pagoda.sim.layout import LANE_BUFFER_BYTES
 from pagoda.sim.numbers import (
     INFINITY,
     NAN,
@@ -93,6 +105,19 @@ LATENCY = _by_code(
 
 @jit
 def _apply_table(code, r, x, n, work):
+    vectors = n // VECTOR_LENGTH
+    if vectors > 0 and (code == EXP2 or code == RECIP):
+        position = work + LANE_BUFFER_BYTES
+        if code == EXP2:
+            exp2_where(work, position, x, vectors)
+            exp2_values(EXP2_ROWS.ctypes.data, work, position, x, r, vectors)
+        else:
+            reciprocal_where(work, position, x, vectors)
+            reciprocal_values(RECIPROCAL_ROWS.ctypes.data, work, position, x, r, vectors)
+        done = vectors * VECTOR_LENGTH
+        n -= done
+        r += 4 * done
+        x += 4 * done
     if code == EXP2:
         for i in range(n):
             store_i64(work, i, exp2_index(np.int64(load_u32(x, i))))
@@ -177,6 +202,22 @@ def apply_unary(code, r, x, n, work):
 
 
 @jit
+def _apply_extreme(code, r, x, y, n):
+    vectors = n // VECTOR_LENGTH
+    done = vectors * VECTOR_LENGTH
+    if code == FMAX:
+        if vectors > 0:
+            maximum(r, x, y, vectors)
+        for i in range(done, n):
+            store_f32(r, i, float_max(load_f32(x, i), load_f32(y, i)))
+    else:
+        if vectors > 0:
+            minimum(r, x, y, vectors)
+        for i in range(done, n):
+            store_f32(r, i, float_min(load_f32(x, i), load_f32(y, i)))
+
+
+@jit
 def apply_float(code, r, x, y, n):
     if code == FADD:
         for i in range(n):
@@ -190,12 +231,8 @@ def apply_float(code, r, x, y, n):
     elif code == FDIV:
         for i in range(n):
             store_f32(r, i, canonical(load_f32(x, i) / load_f32(y, i)))
-    elif code == FMAX:
-        for i in range(n):
-            store_f32(r, i, float_max(load_f32(x, i), load_f32(y, i)))
-    elif code == FMIN:
-        for i in range(n):
-            store_f32(r, i, float_min(load_f32(x, i), load_f32(y, i)))
+    elif code == FMAX or code == FMIN:
+        _apply_extreme(code, r, x, y, n)
     elif code == FLT:
         for i in range(n):
             store_i32(r, i, np.int32(load_f32(x, i) < load_f32(y, i)))

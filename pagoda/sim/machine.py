@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pagoda.isa import timing
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
 from pagoda.isa.fault import Fault, FaultKind
-from pagoda.isa.machine import TRACE_DTYPE, Counters, MachineBase, Result
+from pagoda.isa.machine import TRACE_DTYPE, Counters, Interrupted, MachineBase, Result
 from pagoda.isa.program import Launch
 from pagoda.sim import layout as at
 from pagoda.sim.checking import LOG_WORDS
@@ -41,16 +41,23 @@ class Simulator(MachineBase):
     """A `Machine`. trace: keep every command's cycles; checking: fault on RACE, UNINITIALISED.
 
     threads: host threads. The cores of the chip are spread over them; the values of a single core
-    are worked out on a second one. Neither values nor cycles depend on that.
+    are worked out on a second one. Neither values nor cycles depend on that. dram: the memory to
+    work on, as many bytes as the chip has; by default new memory.
     """
 
     def __init__(
-        self, chip: Chip, *, trace: bool = False, checking: bool = False, threads: int = 1
+        self,
+        chip: Chip,
+        *,
+        trace: bool = False,
+        checking: bool = False,
+        threads: int = 1,
+        dram: NDArray[np.uint8] | None = None,
     ):
         if threads < 1:
             raise ValueError(f"simulator: threads = {threads}: must be 1 or more; leave it out")
         _require_subnormals()
-        super().__init__(chip, _lazy_memory(chip.dram_bytes), trace)
+        super().__init__(chip, _lazy_memory(chip.dram_bytes) if dram is None else dram, trace)
         self._checking = checking
         helped = threads > 1 and chip.cores == 1
         self._cores = [_Core(chip, n, self.dram, checking, helped) for n in range(chip.cores)]
@@ -58,9 +65,21 @@ class Simulator(MachineBase):
         self._pool: ThreadPoolExecutor | None = None  # when it is first needed
         self._resident = ""
         self._code = np.zeros(0, np.int64)
+        self._interrupted = False
+
+    def start(self, launch: Launch) -> None:
+        """See `MachineBase.start`."""
+        super().start(launch)
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """End the launch that was accepted last, from another thread: `wait` leaves between two
+        slices of work, within about a tenth of a second, with Interrupted."""
+        self._interrupted = True
 
     def wait(self) -> Result:
-        """Run the accepted launch to its end. Ctrl-C leaves between two slices of work."""
+        """Run the accepted launch to its end. Ctrl-C leaves between two slices of work, and so
+        does `interrupt`, with Interrupted."""
         launch = self._accepted()
         program = launch.program
         resident = program.digest == self._resident
@@ -101,12 +120,13 @@ class Simulator(MachineBase):
             leave = max(core.cycle for core in self._cores) + timing.BARRIER_CYCLES
             for core in self._cores:
                 core.state[at.CYCLE] = leave
+            self._leave_if_interrupted()
 
     def _run_cores(self) -> None:
         if self._threads == 1:
             for core in self._cores:
                 while not core.run_slice():
-                    pass
+                    self._leave_if_interrupted()
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, "pagoda core")
@@ -114,6 +134,11 @@ class Simulator(MachineBase):
         while waiting:  # slice by slice, so that Ctrl-C need not wait for the epoch's end
             ended = list(self._pool.map(_Core.run_slice, waiting))
             waiting = [core for core, over in zip(waiting, ended, strict=True) if not over]
+            self._leave_if_interrupted()
+
+    def _leave_if_interrupted(self) -> None:
+        if self._interrupted:
+            raise Interrupted(max(core.cycle for core in self._cores))
 
     def _barrier_mismatches(self) -> list[Fault]:
         arrivals = [core.cycle for core in self._cores if core.reason == at.BARRIER]

@@ -12,6 +12,7 @@ makes every later step NaN, and no step sees more of a NaN than that it is one.
 import numpy as np
 from numba import njit
 
+from pagoda.sim.emitter import VECTOR_LENGTH
 from pagoda.sim.microkernel import (
     BF16,
     FUSED_ROWS,
@@ -19,7 +20,6 @@ from pagoda.sim.microkernel import (
     INT8,
     TILE_COLUMNS,
     TILE_ROWS,
-    VECTOR_LENGTH,
     fma_tile,
     fma_tile_bf16,
     fma_tile_transposed,

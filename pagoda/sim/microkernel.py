@@ -1,9 +1,7 @@
 """Vector building blocks of the fast matmul, written as LLVM IR inside numba intrinsics.
 
 What enters: byte addresses and byte strides (`intp`) into arrays the caller keeps alive. What
-leaves: changed memory. Nothing here checks a bound. Every function compiles for the vector
-length of the processor numba compiles for (`VECTOR_LENGTH` 32-bit lanes), so masking features
-with NUMBA_CPU_NAME or NUMBA_CPU_FEATURES changes the code; the bits it computes stay the same.
+leaves: changed memory. Nothing here checks a bound.
 
 The order of additions is the contract's: one output is one lane, and k runs in order inside it.
 """
@@ -11,14 +9,20 @@ The order of additions is the contract's: one output is one lane, and k runs in 
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba import config, njit
-from numba.core import codegen, types
+from numba import njit
 from numba.extending import intrinsic
 
-_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-_F32 = ir.FloatType()
-_POINTER = ir.PointerType()
-_CANONICAL_NAN = 0x7FC00000
+from pagoda.sim.emitter import (
+    F32,
+    I8,
+    I16,
+    I64,
+    POINTER,
+    VECTOR_LENGTH,
+    Emitter,
+    by_address,
+    spaced,
+)
 
 # Called from compiled code only: wrappers for Python would double the time to compile.
 _internal = njit(nogil=True, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -26,25 +30,6 @@ _internal = njit(nogil=True, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapp
 BF16, INT8 = 0, 1
 """Element types of a matmul, as coded in its go word."""
 
-
-def _enabled_features() -> frozenset[str]:
-    """Features numba's code generator may use: the host's, unless the user masked them."""
-    listed = config.CPU_FEATURES
-    if listed is None:
-        listed = codegen.get_host_cpu_features()
-    return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
-
-
-def _vector_length(features: frozenset[str]) -> int:
-    """32-bit lanes of the widest vector with a fused multiply-add (4: NEON, or scalar fma)."""
-    if "avx512f" in features:
-        return 16
-    if {"avx2", "fma"} <= features:
-        return 8
-    return 4
-
-
-VECTOR_LENGTH = _vector_length(_enabled_features())
 # The accumulators, one row of B and a broadcast element of A share 32 (16 on AVX2) registers.
 TILE_ROWS, TILE_VECTORS = (4, 3) if VECTOR_LENGTH == 8 else (6, 4)
 TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH
@@ -54,184 +39,52 @@ FUSED_ROWS = 4
 FUSED_VECTORS = 2
 
 
-class _Emitter:
-    """IRBuilder with the few vector idioms the kernels share."""
-
-    def __init__(self, builder: ir.IRBuilder):
-        self.builder = builder
-        self.vector = ir.VectorType(_F32, VECTOR_LENGTH)
-        self.words = ir.VectorType(_I32, VECTOR_LENGTH)
-
-    def at(self, base: ir.Value, offset: ir.Value | int = 0) -> ir.Value:
-        """Pointer `offset` bytes after the pointer `base`."""
-        if isinstance(offset, int):
-            offset = _I64(offset)
-        return self.builder.gep(base, [offset], source_etype=_I8)
-
-    def load(self, kind: ir.Type, pointer: ir.Value, align: int) -> ir.Value:
-        return self.builder.load(pointer, typ=kind, align=align)
-
-    def shuffle(self, first: ir.Value, second: ir.Value, lanes: list[int]) -> ir.Value:
-        mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
-        return self.builder.shuffle_vector(first, second, mask)
-
-    def splat(self, scalar: ir.Value) -> ir.Value:
-        undefined = ir.Constant(ir.VectorType(scalar.type, VECTOR_LENGTH), ir.Undefined)
-        first = self.builder.insert_element(undefined, scalar, _I32(0))
-        return self.shuffle(first, undefined, [0] * VECTOR_LENGTH)
-
-    def splat_word(self, value: int) -> ir.Value:
-        return ir.Constant(self.words, [value] * VECTOR_LENGTH)
-
-    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        function = _declare(self.builder.module, kind, f"llvm.fma.v{VECTOR_LENGTH}f32")
-        return self.builder.call(function, [a, b, c])
-
-    def canonical(self, value: ir.Value) -> ir.Value:
-        """`value` with every NaN lane replaced by the one canonical NaN."""
-        nan = self.builder.bitcast(self.splat_word(_CANONICAL_NAN), self.vector)
-        return self.builder.select(self.builder.fcmp_unordered("uno", value, value), nan, value)
-
-    def part(self, words: ir.Value, part: int, element: int) -> ir.Value:
-        """Element `part` of every 32-bit word, as float: exact for bf16 and for int8."""
-        builder = self.builder
-        if element == BF16:
-            if part == 0:
-                shifted = builder.shl(words, self.splat_word(16))
-            else:
-                shifted = builder.and_(words, self.splat_word(0xFFFF0000))
-            return builder.bitcast(shifted, self.vector)
-        if part < 3:
-            words = builder.shl(words, self.splat_word(24 - 8 * part))
-        return builder.sitofp(builder.ashr(words, self.splat_word(24)), self.vector)
-
-    def loop(self, count: ir.Value, start: list[ir.Value], body: Callable) -> list[ir.Value]:
-        """`count` >= 1 turns of `body(index, state) -> state`; returns the last state."""
-        builder = self.builder
-        before = builder.block
-        block = builder.append_basic_block("loop")
-        after = builder.append_basic_block("after")
-        builder.branch(block)
-        builder.position_at_end(block)
-        index = builder.phi(_I64)
-        index.add_incoming(_I64(0), before)
-        state = [builder.phi(value.type) for value in start]
-        for phi, value in zip(state, start, strict=True):
-            phi.add_incoming(value, before)
-        result = body(index, state)
-        following = builder.add(index, _I64(1))
-        index.add_incoming(following, builder.block)
-        for phi, value in zip(state, result, strict=True):
-            phi.add_incoming(value, builder.block)
-        builder.cbranch(builder.icmp_signed("<", following, count), block, after)
-        builder.position_at_end(after)
-        return result
-
-    def transposed_words(self, source: ir.Value, stride: ir.Value) -> list[ir.Value]:
-        """The VECTOR_LENGTH x VECTOR_LENGTH words at `source`, rows `stride` bytes apart,
-        transposed: vector w holds word w of every row."""
-        rows = _spaced(self, source, stride, VECTOR_LENGTH)
-        return [
-            column
-            for group in range(VECTOR_LENGTH // 4)
-            for column in self.transposed_group(rows, group)
-        ]
-
-    def transposed_group(self, rows: list[ir.Value], group: int) -> list[ir.Value]:
-        """Words 4*group .. 4*group + 3 of VECTOR_LENGTH `rows`, as one vector per word.
-
-        Rows 4 apart are joined while loading, by 128-bit lanes (an insert from memory needs no
-        shuffle unit); two rounds of unpacking inside the lanes do the rest.
-        """
-        quad = ir.VectorType(_I32, 4)
-        joined = []
-        for first in range(4):
-            pieces = [self.load(quad, self.at(row, 16 * group), 1) for row in rows[first::4]]
-            while len(pieces) > 1:
-                width = 2 * pieces[0].type.count
-                pieces = [
-                    self.shuffle(low, high, list(range(width)))
-                    for low, high in zip(pieces[::2], pieces[1::2], strict=True)
-                ]
-            joined.append(pieces[0])
-        return self._transpose_lanes(joined)
-
-    def _transpose_lanes(self, rows: list[ir.Value]) -> list[ir.Value]:
-        """4 x 4 words transposed inside every 128-bit lane."""
-
-        def unpack(x: ir.Value, y: ir.Value, pattern: list[int]) -> ir.Value:
-            lanes = []
-            for lane in range(0, VECTOR_LENGTH, 4):
-                lanes += [lane + (p if p < 4 else p - 4 + VECTOR_LENGTH) for p in pattern]
-            return self.shuffle(x, y, lanes)
-
-        low, high = [0, 4, 1, 5], [2, 6, 3, 7]
-        first, second = [0, 1, 4, 5], [2, 3, 6, 7]
-        left = [unpack(rows[0], rows[1], low), unpack(rows[0], rows[1], high)]
-        right = [unpack(rows[2], rows[3], low), unpack(rows[2], rows[3], high)]
-        return [
-            unpack(x, y, pattern)
-            for x, y in zip(left, right, strict=True)
-            for pattern in (first, second)
-        ]
-
-
-def _declare(module: ir.Module, kind: ir.FunctionType, name: str) -> ir.Function:
-    existing = module.globals.get(name)
-    return existing if existing is not None else ir.Function(module, kind, name)
-
-
-def _by_address(count: int, emit: Callable) -> Callable:
-    """An intrinsic of `count` intp arguments whose body is `emit(emitter, arguments)`."""
-
-    def generate(context, builder, signature, arguments):
-        emit(_Emitter(builder), arguments)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * count), generate
+def _part(emitter: Emitter, words: ir.Value, part: int, element: int) -> ir.Value:
+    """Element `part` of every 32-bit word, as float: exact for bf16 and for int8."""
+    builder = emitter.builder
+    if element == BF16:
+        if part == 0:
+            shifted = builder.shl(words, emitter.splat_word(16))
+        else:
+            shifted = builder.and_(words, emitter.splat_word(0xFFFF0000))
+        return builder.bitcast(shifted, emitter.vector)
+    if part < 3:
+        words = builder.shl(words, emitter.splat_word(24 - 8 * part))
+    return builder.sitofp(builder.ashr(words, emitter.splat_word(24)), emitter.vector)
 
 
 def _emit_choice(
-    emitter: _Emitter, rows: int, vectors: int, shape: list[ir.Value], emit_shape: Callable
+    emitter: Emitter, rows: int, vectors: int, shape: list[ir.Value], emit_shape: Callable
 ) -> None:
     """`emit_shape(row_count, vector_count)` for the `shape` asked for at run time."""
     builder = emitter.builder
     end = builder.append_basic_block("end")
-    choice = builder.add(builder.mul(shape[0], _I64(vectors + 1)), shape[1])
+    choice = builder.add(builder.mul(shape[0], I64(vectors + 1)), shape[1])
     switch = builder.switch(choice, end)
     for row_count in range(1, rows + 1):
         for vector_count in range(1, vectors + 1):
             block = builder.append_basic_block(f"tile_{row_count}x{vector_count}")
-            switch.add_case(_I64(row_count * (vectors + 1) + vector_count), block)
+            switch.add_case(I64(row_count * (vectors + 1) + vector_count), block)
             builder.position_at_end(block)
             emit_shape(row_count, vector_count)
             builder.branch(end)
     builder.position_at_end(end)
 
 
-def _spaced(emitter: _Emitter, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
-    """`count` pointers, `stride` bytes apart."""
-    pointers = [base]
-    for _ in range(count - 1):
-        pointers.append(emitter.at(pointers[-1], stride))
-    return pointers
-
-
 class _Outputs:
     """The accumulators of one tile of C: loaded, passed through loops, stored canonical."""
 
-    def __init__(self, emitter: _Emitter, c: ir.Value, stride: ir.Value, rows: int, vectors: int):
+    def __init__(self, emitter: Emitter, c: ir.Value, stride: ir.Value, rows: int, vectors: int):
         self.emitter = emitter
         self.pointers = [
             emitter.at(row, j * 4 * VECTOR_LENGTH)
-            for row in _spaced(emitter, c, stride, rows)
+            for row in spaced(emitter, c, stride, rows)
             for j in range(vectors)
         ]
 
     def load(self, from_zero: ir.Value) -> list[ir.Value]:
         emitter = self.emitter
-        clear = emitter.builder.icmp_signed("!=", from_zero, _I64(0))
+        clear = emitter.builder.icmp_signed("!=", from_zero, I64(0))
         zero = ir.Constant(emitter.vector, [0.0] * VECTOR_LENGTH)
         return [
             emitter.builder.select(clear, zero, emitter.load(emitter.vector, pointer, 4))
@@ -246,13 +99,13 @@ class _Outputs:
 def _emit_tile(b_element: int | None) -> Callable:
     """A tile whose B rows are fp32, or are widened from `b_element` as they are loaded."""
 
-    def emit(emitter: _Emitter, arguments: list[ir.Value]) -> None:
+    def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
         a_row, a_k, b_row, c_row, count, from_zero = (arguments[i] for i in (3, 4, 6, 8, 9, 10))
         builder = emitter.builder
-        a, b, c = (builder.inttoptr(arguments[i], _POINTER) for i in (2, 5, 7))
+        a, b, c = (builder.inttoptr(arguments[i], POINTER) for i in (2, 5, 7))
 
         def emit_shape(rows: int, vectors: int) -> None:
-            a_rows = _spaced(emitter, a, a_row, rows)
+            a_rows = spaced(emitter, a, a_row, rows)
             outputs = _Outputs(emitter, c, c_row, rows, vectors)
 
             def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -261,7 +114,7 @@ def _emit_tile(b_element: int | None) -> Callable:
                 b_vectors = [_b_vector(emitter, b_k, j, b_element) for j in range(vectors)]
                 result = []
                 for i in range(rows):
-                    element = emitter.load(_F32, emitter.at(a_rows[i], a_offset), 4)
+                    element = emitter.load(F32, emitter.at(a_rows[i], a_offset), 4)
                     element = emitter.splat(element)
                     for j in range(vectors):
                         result.append(emitter.fma(element, b_vectors[j], sums[i * vectors + j]))
@@ -275,22 +128,22 @@ def _emit_tile(b_element: int | None) -> Callable:
     return emit
 
 
-def _b_vector(emitter: _Emitter, row: ir.Value, index: int, element: int | None) -> ir.Value:
+def _b_vector(emitter: Emitter, row: ir.Value, index: int, element: int | None) -> ir.Value:
     if element is None:
         return emitter.load(emitter.vector, emitter.at(row, index * 4 * VECTOR_LENGTH), 4)
-    raw_type = ir.VectorType(_I16, VECTOR_LENGTH)
+    raw_type = ir.VectorType(I16, VECTOR_LENGTH)
     raw = emitter.load(raw_type, emitter.at(row, index * 2 * VECTOR_LENGTH), 2)
     return _widened(emitter, raw, element)
 
 
 @intrinsic
 def _fma_tile(context, rows, vectors, a, a_row, a_k, b, b_row, c, c_row, count, from_zero):
-    return _by_address(11, _emit_tile(None))
+    return by_address(11, _emit_tile(None))
 
 
 @intrinsic
 def _fma_tile_bf16(context, rows, vectors, a, a_row, a_k, b, b_row, c, c_row, count, from_zero):
-    return _by_address(11, _emit_tile(BF16))
+    return by_address(11, _emit_tile(BF16))
 
 
 @_internal
@@ -310,21 +163,21 @@ def fma_tile_bf16(rows, vectors, a, a_row, b, b_row, c, c_row, count, from_zero)
     _fma_tile_bf16(rows, vectors, a, a_row, 4, b, b_row, c, c_row, count, from_zero)
 
 
-def _emit_tile_transposed(emitter: _Emitter, arguments: list[ir.Value]) -> None:
+def _emit_tile_transposed(emitter: Emitter, arguments: list[ir.Value]) -> None:
     a_row, b_row, c_row, blocks, from_zero = (arguments[i] for i in (3, 5, 7, 8, 9))
     builder = emitter.builder
-    a, b, c = (builder.inttoptr(arguments[i], _POINTER) for i in (2, 4, 6))
+    a, b, c = (builder.inttoptr(arguments[i], POINTER) for i in (2, 4, 6))
     groups = VECTOR_LENGTH // 4
 
     def emit_shape(rows: int, vectors: int) -> None:
-        a_rows = _spaced(emitter, a, a_row, rows)
-        b_rows = _spaced(emitter, b, b_row, vectors * VECTOR_LENGTH)
+        a_rows = spaced(emitter, a, a_row, rows)
+        b_rows = spaced(emitter, b, b_row, vectors * VECTOR_LENGTH)
         outputs = _Outputs(emitter, c, c_row, rows, vectors)
 
         def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             sums = list(sums)
-            a_offset = builder.mul(index, _I64(8 * VECTOR_LENGTH))
-            b_offset = builder.mul(index, _I64(4 * VECTOR_LENGTH))
+            a_offset = builder.mul(index, I64(8 * VECTOR_LENGTH))
+            b_offset = builder.mul(index, I64(4 * VECTOR_LENGTH))
             a_now = [emitter.at(row, a_offset) for row in a_rows]
             b_now = [emitter.at(row, b_offset) for row in b_rows]
             for group in range(groups):
@@ -335,9 +188,9 @@ def _emit_tile_transposed(emitter: _Emitter, arguments: list[ir.Value]) -> None:
                     for word, column in enumerate(emitter.transposed_group(block, group)):
                         for part in range(2):
                             k = 8 * group + 2 * word + part
-                            element = emitter.part(column, part, BF16)
+                            element = _part(emitter, column, part, BF16)
                             for i in range(rows):
-                                at = emitter.load(_F32, emitter.at(a_now[i], 4 * k), 4)
+                                at = emitter.load(F32, emitter.at(a_now[i], 4 * k), 4)
                                 at = emitter.splat(at)
                                 sums[i * vectors + j] = emitter.fma(
                                     at, element, sums[i * vectors + j]
@@ -351,7 +204,7 @@ def _emit_tile_transposed(emitter: _Emitter, arguments: list[ir.Value]) -> None:
 
 @intrinsic
 def _fma_tile_transposed(context, rows, vectors, a, a_row, b, b_row, c, c_row, blocks, from_zero):
-    return _by_address(10, _emit_tile_transposed)
+    return by_address(10, _emit_tile_transposed)
 
 
 @_internal
@@ -362,22 +215,22 @@ def fma_tile_transposed(rows, vectors, a, a_row, b, b_row, c, c_row, blocks, fro
 
 
 def _emit_widen(element: int) -> Callable:
-    source_type = ir.VectorType(_I16 if element == BF16 else _I8, VECTOR_LENGTH)
+    source_type = ir.VectorType(I16 if element == BF16 else I8, VECTOR_LENGTH)
     source_bytes = (2 if element == BF16 else 1) * VECTOR_LENGTH
     target_bytes = 4 * VECTOR_LENGTH
 
-    def emit(emitter: _Emitter, arguments: list[ir.Value]) -> None:
+    def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
         builder = emitter.builder
-        target, source = (builder.inttoptr(arguments[i], _POINTER) for i in (0, 2))
+        target, source = (builder.inttoptr(arguments[i], POINTER) for i in (0, 2))
         target_stride, source_stride, rows, vectors = (arguments[i] for i in (1, 3, 4, 5))
 
         def strips(first: ir.Value, count: ir.Value, width: int) -> None:
             """`count` strips of `width` vectors, the first one `first` vectors in."""
 
             def strip(index: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
-                at = builder.add(first, builder.mul(index, _I64(width)))
-                to_strip = emitter.at(target, builder.mul(at, _I64(target_bytes)))
-                from_strip = emitter.at(source, builder.mul(at, _I64(source_bytes)))
+                at = builder.add(first, builder.mul(index, I64(width)))
+                to_strip = emitter.at(target, builder.mul(at, I64(target_bytes)))
+                from_strip = emitter.at(source, builder.mul(at, I64(source_bytes)))
 
                 def row(i: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
                     to_row = emitter.at(to_strip, builder.mul(i, target_stride))
@@ -392,18 +245,18 @@ def _emit_widen(element: int) -> Callable:
                 emitter.loop(rows, [], row)
                 return []
 
-            with builder.if_then(builder.icmp_signed(">", count, _I64(0))):
+            with builder.if_then(builder.icmp_signed(">", count, I64(0))):
                 emitter.loop(count, [], strip)
 
-        wide_strips = builder.sdiv(vectors, _I64(TILE_VECTORS))
-        done = builder.mul(wide_strips, _I64(TILE_VECTORS))
-        strips(_I64(0), wide_strips, TILE_VECTORS)
+        wide_strips = builder.sdiv(vectors, I64(TILE_VECTORS))
+        done = builder.mul(wide_strips, I64(TILE_VECTORS))
+        strips(I64(0), wide_strips, TILE_VECTORS)
         strips(done, builder.sub(vectors, done), 1)
 
     return emit
 
 
-def _widened(emitter: _Emitter, raw: ir.Value, element: int) -> ir.Value:
+def _widened(emitter: Emitter, raw: ir.Value, element: int) -> ir.Value:
     builder = emitter.builder
     if element == INT8:
         return builder.sitofp(raw, emitter.vector)
@@ -414,33 +267,33 @@ def _widened(emitter: _Emitter, raw: ir.Value, element: int) -> ir.Value:
 @intrinsic
 def widen_bf16(context, target, target_stride, source, source_stride, rows, vectors):
     """rows >= 1 of `vectors` * VECTOR_LENGTH bf16 at `source` -> fp32 rows at `target`."""
-    return _by_address(6, _emit_widen(BF16))
+    return by_address(6, _emit_widen(BF16))
 
 
 @intrinsic
 def widen_int8(context, target, target_stride, source, source_stride, rows, vectors):
     """As `widen_bf16` for int8."""
-    return _by_address(6, _emit_widen(INT8))
+    return by_address(6, _emit_widen(INT8))
 
 
 def _emit_transpose(element: int) -> Callable:
     parts = 2 if element == BF16 else 4
 
-    def emit(emitter: _Emitter, arguments: list[ir.Value]) -> None:
+    def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
         builder = emitter.builder
-        target, source = (builder.inttoptr(address, _POINTER) for address in arguments[:2])
+        target, source = (builder.inttoptr(address, POINTER) for address in arguments[:2])
         stride, blocks = arguments[2:]
 
         def turn(index: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
-            from_pointer = emitter.at(source, builder.mul(index, _I64(4 * VECTOR_LENGTH)))
+            from_pointer = emitter.at(source, builder.mul(index, I64(4 * VECTOR_LENGTH)))
             rows = parts * VECTOR_LENGTH
-            to_pointer = emitter.at(target, builder.mul(index, _I64(rows * 4 * TILE_COLUMNS)))
+            to_pointer = emitter.at(target, builder.mul(index, I64(rows * 4 * TILE_COLUMNS)))
             columns = emitter.transposed_words(from_pointer, stride)
             for word, column in enumerate(columns):
                 for part in range(parts):
                     row = word * parts + part
                     builder.store(
-                        emitter.part(column, part, element),
+                        _part(emitter, column, part, element),
                         emitter.at(to_pointer, row * 4 * TILE_COLUMNS),
                         align=4,
                     )
@@ -455,10 +308,10 @@ def _emit_transpose(element: int) -> Callable:
 def transpose_bf16(context, target, source, stride, blocks):
     """VECTOR_LENGTH rows of `blocks` * 2*VECTOR_LENGTH bf16, `stride` bytes apart, as columns of
     a B panel: source element (n, k) -> fp32 at target + 4 * (k*TILE_COLUMNS + n)."""
-    return _by_address(4, _emit_transpose(BF16))
+    return by_address(4, _emit_transpose(BF16))
 
 
 @intrinsic
 def transpose_int8(context, target, source, stride, blocks):
     """As `transpose_bf16` for rows of `blocks` * 4*VECTOR_LENGTH int8."""
-    return _by_address(4, _emit_transpose(INT8))
+    return by_address(4, _emit_transpose(INT8))

@@ -63,7 +63,9 @@ def _lanes_of(st, k, row, done, part, buffer):
     here += row_bytes(dtype, done)
     if dtype == F32 or dtype == I32:
         return here
-    decode(here, dtype, buffer, part)
+    same_row = row > 0 and st[_BANK + 3 + 2 * k] == 0 and st[_BANK + 11] <= CHUNK
+    if not same_row:
+        decode(here, dtype, buffer, part)
     return buffer
 
 

@@ -1,0 +1,80 @@
+"""Tensors of the CPU in compiled code: numbers and constants are taken over, others refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor import lowering
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
+
+from pagoda.pytorch import mixing
+
+aten = torch.ops.aten
+
+
+def bring_over(graph: torch.fx.Graph) -> None:
+    """Constants of the CPU become constants of this device, and a number that is moved here is read
+    where it is: a region takes numbers from the CPU.
+
+    What the graph returns on the CPU stays there, and is refused later.
+    """
+    (output,) = graph.find_nodes(op="output")
+    if any(_on_cpu(node) for node in output.all_input_nodes):
+        return
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(graph.owning_module, node.target)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dim():
+            setattr(graph.owning_module, node.target, value.to(mixing.NAME))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.prims.device_put.default):
+        source = node.args[0]
+        if _on_cpu(source) and not source.meta["val"].dim():
+            made = {"dtype": torch.bool, "device": node.meta["val"].device}
+            with graph.inserting_before(node):
+                here = graph.call_function(aten.full.default, ([], True), made)
+                read = graph.call_function(aten.where.self, (here, source, source))
+            read.meta["val"] = node.meta["val"]
+            here.meta["val"] = read.meta["val"].new_empty([], dtype=torch.bool)
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
+
+
+def _on_cpu(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+
+
+def _common_device(op: Any, flat_args: Sequence[Any]) -> Any:
+    try:
+        return _TORCHS(op, flat_args)
+    except FakeTensorDeviceMismatchError as error:
+        tensors = [a for a in flat_args if isinstance(a, torch.Tensor)]
+        elsewhere = [k for k, t in enumerate(tensors) if mixing.is_elsewhere(t)]
+        if elsewhere and any(t.device.type == mixing.NAME for t in tensors):
+            position = elsewhere[0]
+            error.args = (mixing.message(op, _name(op, tensors, position), tensors[position]),)
+        raise
+
+
+def _name(op: Any, tensors: list[torch.Tensor], position: int) -> str:
+    """Of one of all tensors among an operation's arguments, as far as they tell."""
+    names, several = mixing.tensor_arguments(op), mixing.lists(op)
+    if not names and len(several) == 1:
+        return f"{several[0]}[{position}]"
+    return names[position] if len(names) == len(tensors) and not several else ""
+
+
+def _decides(kind: str) -> bool:
+    """Whether a device of this kind computes what numbers on the CPU are used in."""
+    return kind == mixing.NAME or _is_gpu(kind)
+
+
+_TORCHS, _is_gpu = FakeTensor._find_common_device, lowering.is_gpu
+
+
+def mend() -> None:
+    """Makes torch say more of tensors on several devices while it compiles, and Inductor compute
+    here what begins with a number on the CPU."""
+    FakeTensor._find_common_device = staticmethod(_common_device)
+    lowering.is_gpu = _decides

@@ -1,0 +1,115 @@
+"""What each user may have of the shared device: a small TOML file.
+
+[default]              # for whoever is not named below
+memory = "8 GiB"       # DRAM of all programs of one user together; default: all
+weight = 1.0           # the largest share of time that a program may ask for
+priority = 0           # the highest priority that a program may ask for
+
+[users.alice]          # by name, or by number: [users.1000]
+priority = 10
+"""
+
+from __future__ import annotations
+
+import pwd
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from pagoda.runtime.errors import ServiceError
+
+SYSTEM_FILE = Path("/etc/pagoda/device.toml")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?")
+_SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_NO_LIMIT = 1 << 50
+
+
+@dataclass(frozen=True)
+class UserLimits:
+    """Of one user: bytes of all contexts together; the most that one context may ask for."""
+
+    memory: int = _NO_LIMIT
+    weight: float = 1.0
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """By user number, and for all others."""
+
+    default: UserLimits = UserLimits()
+    users: tuple[tuple[int, UserLimits], ...] = ()
+
+    def of(self, uid: int) -> UserLimits:
+        return dict(self.users).get(uid, self.default)
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from a number, or from text such as "1.5 GiB". Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    found = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if not found:
+        raise ValueError(
+            f'{value!r}: must be a number of bytes, or a text such as "512 MiB" or "2 GiB"'
+        )
+    return int(float(found[1]) * _SIZES[found[2] or "B"])
+
+
+def load_limits(path: Path | None) -> Limits:
+    """The limits of a file; None is the system's, if there is one. Raises ServiceError."""
+    if path is None:
+        if not SYSTEM_FILE.exists():
+            return Limits()
+        path = SYSTEM_FILE
+    what = f"device configuration {path}"
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ServiceError(f"{what}: cannot be read ({error.strerror}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ServiceError(f"{what}: not valid TOML ({error}); fix that line") from None
+    unknown = sorted(set(table) - {"default", "users"})
+    if unknown or not isinstance(table.get("users", {}), dict):
+        name = unknown[0] if unknown else "users"
+        raise ServiceError(
+            f"{what}: {name!r}: there are only the tables [default] and [users.NAME]; "
+            "put limits into one of these"
+        )
+    default = _limits(what, "default", table.get("default", {}), UserLimits())
+    users = tuple(
+        (_uid(what, name), _limits(what, f"users.{name}", entry, default))
+        for name, entry in table.get("users", {}).items()
+    )
+    return Limits(default, users)
+
+
+def _uid(what: str, name: str) -> int:
+    if name.isdigit():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ServiceError(
+            f"{what}: [users.{name}]: this computer has no such user; correct the name or give "
+            "the user's number"
+        ) from None
+
+
+def _limits(what: str, name: str, entry: object, base: UserLimits) -> UserLimits:
+    known = [field.name for field in fields(UserLimits)]
+    if not isinstance(entry, dict) or set(entry) - set(known):
+        raise ServiceError(f"{what}: [{name}]: its entries must be among {', '.join(known)}")
+    values = dict(entry)
+    try:
+        if "memory" in values:
+            values["memory"] = parse_bytes(values["memory"])
+        weight, priority = values.get("weight", 1.0), values.get("priority", 0)
+        if type(weight) not in (int, float) or not 0 < weight <= 1e6:
+            raise ValueError(f"weight = {weight!r}: must be a number above 0, at most 1000000")
+        if type(priority) is not int or not -1000 <= priority <= 1000:
+            raise ValueError(f"priority = {priority!r}: must be a whole number, -1000 to 1000")
+    except ValueError as error:
+        raise ServiceError(f"{what}: [{name}]: {error}") from None
+    return replace(base, **values)

@@ -1,0 +1,348 @@
+"""The client's side of the device service: a connection, and a `Machine` behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pagoda import __version__
+from pagoda.isa import CONTRACT_VERSION, Launch, Result
+from pagoda.isa.machine import MachineBase
+from pagoda.runtime.errors import DeviceLost, ServiceError
+from pagoda.runtime.memory import OutOfDeviceMemory
+from pagoda.runtime.service.launches import Outcome, pack_launch, unpack_chip, unpack_result
+from pagoda.runtime.service.protocol import (
+    ANSWER,
+    HEADER,
+    MAGIC,
+    VERSION,
+    DescriptorChannel,
+    Message,
+    OtherVersion,
+    ProtocolError,
+    Type,
+    credentials,
+    pack,
+)
+from pagoda.runtime.service.shared_memory import map_shared
+
+_ANSWER_SECONDS = 10.0  # until a living service has greeted
+
+
+class NotRunning(ServiceError):
+    """Nobody listens on the socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"no device service runs on {path}; start one with `pagoda device start`, or set "
+            "PAGODA_DEVICE=embedded to do without"
+        )
+
+
+class Connection:
+    """A greeted connection to the service on a socket. Threads may share it.
+
+    Raises NotRunning, and ServiceError if the service may not be used or is of another version.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        """name: what the service's figures call this process; by default its program's name."""
+        self.path = path
+        connected = _connect(path)
+        self.owner = credentials(connected)[1]  # the user whose service it is
+        self._channel = DescriptorChannel(connected)
+        self._lock = threading.Lock()
+        self._number = 0
+        self._process = os.getpid()
+        self._broken = ""  # why nothing more can be asked
+        hello = dict(
+            contract=CONTRACT_VERSION, pagoda=__version__, name=(name or _program_name())[:200]
+        )
+        self._channel.socket.settimeout(_ANSWER_SECONDS)
+        try:
+            welcome = self.ask(Type.HELLO, **hello).fields()
+            if (welcome["pagoda"], welcome["contract"]) != (__version__, CONTRACT_VERSION):
+                raise ServiceError(
+                    f"the device service on {path} is Pagoda {welcome['pagoda']} (contract "
+                    f"version {welcome['contract']}), this program is Pagoda {__version__} "
+                    f"(contract version {CONTRACT_VERSION}); run both from the same installation, "
+                    "and start the service again"
+                )
+            self.pid: int = welcome["pid"]
+            self.chip = unpack_chip(welcome["chip"])
+        except (DeviceLost, ProtocolError) as error:
+            self.close()
+            why = error.__context__ or "the connection ended"
+            raise ServiceError(
+                f"device service on {path}: what answers there is none ({why}); check the path"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        self._channel.socket.settimeout(None)
+
+    def ask(self, kind: Type, **fields: Any) -> Message:
+        """Send a request; returns the answer. Raises DeviceLost, and what `refusal` says."""
+        with self._lock, _held_interrupt(self._channel.socket):
+            return self._exchange(kind, pack(kind, **fields), "a request")
+
+    def launch(self, body: bytes, what: str, interrupt: int) -> Message:
+        """As `ask`, for a packed launch. what: names it in messages.
+
+        An exception that a signal raises meanwhile, such as KeyboardInterrupt, ends the launch:
+        `interrupt` is the eventfd that asks for that.
+        """
+        with self._lock:
+            try:
+                return self._exchange(Type.LAUNCH, body, what)
+            except Exception:
+                raise
+            except BaseException:
+                os.eventfd_write(interrupt, 1)
+                self._catch_up()
+                raise
+
+    def _catch_up(self) -> None:
+        """Skip what is on its way, of which an unknown part has been read and dropped: ask
+        something and read to the end of its answer, the last thing that will come."""
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        body = pack(Type.DONE)
+        last = HEADER.pack(MAGIC, VERSION, Type.DONE, len(body), self._number) + body
+        try:
+            self._channel.send(Type.RESUME, self._number, pack(Type.RESUME))
+            self._channel.skip_to(last)
+        except (OSError, ProtocolError) as error:
+            self._give_up("an interrupted launch", f" ({error})")
+        except BaseException:  # a second Ctrl-C does not wait
+            self._break("an interrupted launch was given up; open the device again")
+            raise
+
+    def try_ask(self, kind: Type, **fields: Any) -> bool:
+        """As `ask`, unless the connection is in use or broken: then False. For finalizers, which
+        may run in the middle of anything."""
+        if self._broken or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._exchange(kind, pack(kind, **fields), "a request")
+        except DeviceLost:
+            return False
+        finally:
+            self._lock.release()
+        return True
+
+    def _exchange(self, kind: Type, body: bytes, what: str) -> Message:
+        if self._process != os.getpid():
+            raise DeviceLost(
+                "this process was forked from one that uses the device service, and cannot use its "
+                "device; open the device after the fork (multiprocessing: start method 'spawn')"
+            )
+        if self._broken:
+            raise DeviceLost(self._broken)
+        self._number = number = (self._number + 1) & 0xFFFFFFFF
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it may have told why before it went
+                self._channel.send(kind, number, body)
+            answer = self._channel.receive()
+        except OtherVersion as other:
+            self._break(
+                f"the device service on {self.path} speaks protocol version {other.found}, this "
+                f"program (Pagoda {__version__}) speaks version {VERSION}; run both from the same "
+                "installation, and start the service again"
+            )
+            raise ServiceError(self._broken) from None
+        except (OSError, ProtocolError) as error:
+            self._give_up(what, f" ({error})")
+        if answer is None:
+            self._give_up(what)
+        if answer.type is Type.REFUSED:
+            self._refused(answer)
+        if answer.number != number or answer.type is not ANSWER[kind]:
+            self._give_up(what, " (it answered another question)")
+        return answer
+
+    def _give_up(self, what: str, why: str = "") -> NoReturn:
+        text = f"the device service on {self.path} went away during {what}{why}; {_AFTERWARDS}"
+        self._break(text)
+        raise DeviceLost(text)
+
+    def _break(self, text: str) -> None:
+        self._broken = text
+        self._channel.close()
+
+    def _refused(self, answer: Message) -> NoReturn:
+        refusal = answer.fields()
+        code, text = refusal["code"], refusal["text"]
+        if code == "memory":
+            raise OutOfDeviceMemory(text)
+        if code == "lost":
+            raise DeviceLost(f"{text}; {_KEPT}; open it again with pagoda.use_chip")
+        if code in ("slot", "launch"):
+            raise ValueError(text)
+        raise ServiceError(text)
+
+    def close(self) -> None:
+        """End the connection; the service frees what belongs to it."""
+        self._break("the device was closed; open it again")
+
+    def figures(self) -> dict[str, Any]:
+        """What goes on in the service."""
+        return self.ask(Type.STATUS).fields()["figures"]
+
+
+_KEPT = "what its tensors hold can still be copied to the host"
+_AFTERWARDS = f"{_KEPT}; start the service again with `pagoda device start`, and the program"
+
+
+class RemoteMachine(MachineBase):
+    """A context on the service's chip, or on some of its cores, as a `Machine`.
+
+    Its `dram` is memory that the service maps, too; only what `grant` has given may be used. The
+    arguments are wishes, which the service may refuse: ServiceError.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        cores: int | None = None,
+        priority: int = 0,
+        time_share: float | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        """cores: a partition of so many; None: all. time_share: weight against others' 1."""
+        self._connection = connection
+        opened = connection.ask(
+            Type.OPEN, cores=cores, priority=priority, time_share=time_share,
+            memory_limit=memory_limit,
+        )  # fmt: skip
+        fields = opened.fields()
+        memory, self._interrupt = opened.fds
+        chip = unpack_chip(fields["chip"])
+        self.memory_limit: int = fields["memory_limit"]
+        self._programs: dict[tuple[str, int], int] = {}
+        try:
+            dram = np.frombuffer(map_shared(memory, chip.dram_bytes), np.uint8)
+        except OSError as error:
+            raise ServiceError(
+                f"device service on {connection.path}: its shared memory of "
+                f"{chip.dram_bytes:,} bytes cannot be mapped here ({os.strerror(error.errno or 0)})"
+                "; raise this process's limit on memory (ulimit -v), or choose a chip with less "
+                "DRAM"
+            ) from None
+        finally:
+            os.close(memory)
+        super().__init__(chip, dram, tracing=False)
+
+    def grant(self, nbytes: int, released: list[tuple[int, int]]) -> tuple[int, int]:
+        """More memory, all zeros; see `memory.Owner`."""
+        answer = self._connection.ask(Type.GRANT, bytes=nbytes, release=released).fields()
+        return answer["start"], answer["bytes"]
+
+    def release(self, released: list[tuple[int, int]]) -> bool:
+        """See `memory.Owner`."""
+        return self._connection.try_ask(Type.RELEASE, release=released)
+
+    def wait(self) -> Result:
+        """Run the accepted launch when its turn has come. Ctrl-C ends it and leaves the machine
+        usable. Raises DeviceLost."""
+        launch = self._accepted()
+        tracing, what = self.tracing, f"launch of {launch.program.name!r}"
+        while True:
+            number = self._number(launch)
+            body = pack_launch(number, tracing, launch)
+            answer = self._connection.launch(body, what, self._interrupt)
+            try:
+                outcome, result = unpack_result(answer.body, answer.fds, tracing)
+            finally:
+                for fd in answer.fds:
+                    os.close(fd)
+            if outcome is Outcome.FINISHED:
+                return result
+            if outcome is Outcome.INTERRUPTED:
+                raise KeyboardInterrupt
+            del self._programs[launch.program.digest, launch.program.stack_limit]
+
+    def _number(self, launch: Launch) -> int:
+        """What the service calls the launch's program."""
+        program = launch.program
+        key = program.digest, program.stack_limit
+        number = self._programs.get(key)
+        if number is None:
+            answer = self._connection.ask(
+                Type.PROGRAM, name=program.name, code=program.code, entry=program.entry,
+                stack_limit=program.stack_limit,
+            )  # fmt: skip
+            number = self._programs[key] = answer.fields()["program"]
+        return number
+
+    def close(self) -> None:
+        """Give everything back; tensors keep what they hold as long as they live."""
+        self._connection.close()
+        if self._interrupt >= 0:
+            os.close(self._interrupt)
+            self._interrupt = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self.close()
+
+
+def _connect(path: Path) -> socket.socket:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connected.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        connected.close()
+        raise NotRunning(path) from None
+    except PermissionError:
+        connected.close()
+        raise ServiceError(
+            f"the device service on {path} may not be used by this user: the socket's permissions "
+            "do not allow it; have it started with --mode 0660 and join its group, or start one of "
+            "your own"
+        ) from None
+    except OSError as error:
+        connected.close()
+        raise ServiceError(
+            f"device service on {path}: no connection ({error.strerror}); check the path"
+        ) from None
+    return connected
+
+
+@contextlib.contextmanager
+def _held_interrupt(connected: socket.socket) -> Iterator[None]:
+    """Ctrl-C must not tear a request, or lose what it was granted: it is raised when the answer is
+    there. The second one does not wait: the connection is given up."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    struck: list[tuple[int, FrameType | None]] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        struck.append((number, frame))
+        if len(struck) > 1:
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if struck:
+            before(*struck[0])
+
+
+def _program_name() -> str:
+    return os.path.basename(sys.argv[0] if sys.argv else "") or "python"

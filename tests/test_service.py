@@ -1,0 +1,426 @@
+"""The device service: several processes on one chip, none in another's way."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from command_programs import Assembler
+from service_support import (
+    ENDLESS,
+    ILLEGAL,
+    TINY,
+    close,
+    eventually,
+    figures,
+    kill,
+    multiply,
+    run_python,
+    serving,
+    shared,
+)
+
+from pagoda.isa import ChipError, FaultKind, Program, Slot, load_chip
+from pagoda.runtime import (
+    Device,
+    DeviceFault,
+    DeviceLost,
+    OutOfDeviceMemory,
+    ServiceError,
+    open_device,
+)
+from pagoda.runtime.service.protocol import Type
+
+MIB = 1 << 20
+CAR = load_chip("car")
+
+
+def _exit() -> Program:
+    assembler = Assembler()
+    assembler.control("exit")
+    return assembler.program("exit")
+
+
+EXIT = _exit()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("service") / "device.sock"
+    with serving(path):
+        yield path
+
+
+@pytest.fixture
+def share():
+    """Opens devices on a service; they are closed after the test."""
+    opened = []
+
+    def open_one(path, chip=None, **wishes):
+        opened.append(shared(path, chip, **wishes))
+        return opened[-1]
+
+    yield open_one
+    for each in opened:
+        close(each)
+
+
+@pytest.fixture
+def device(path, share):
+    eventually(lambda: not figures(path)["contexts"])
+    return share(path)
+
+
+def client(path, code: str):
+    """A process with a device `d` on the service that runs `code`; prints "ready" before."""
+    text = f"""
+from service_support import *
+d = shared(Path({str(path)!r}))
+print("ready", flush=True)
+{code}
+"""
+    process = run_python(text)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_bits_and_cycles_are_those_of_an_embedded_device(device):
+    embedded = Device(TINY)
+    for seed in (1, 2):
+        ours, theirs = multiply(device, seed), multiply(embedded, seed)
+        assert ours[0] == theirs[0]
+        assert ours[1] == theirs[1]
+    assert (device.cycles, device.launches) == (embedded.cycles, 2)
+
+
+def test_a_trace_is_that_of_an_embedded_device(device):
+    embedded = Device(TINY)
+    with device.tracing(), embedded.tracing():
+        ours, theirs = multiply(device)[1].trace, multiply(embedded)[1].trace
+    assert len(ours) and (ours == theirs).all()
+
+
+def test_a_long_trace_comes_through_memory(device):
+    embedded = Device(TINY)
+    with device.tracing(), embedded.tracing():
+        ours, theirs = (multiply(each, rows=50_000)[1].trace for each in (device, embedded))
+    assert ours.nbytes > 1 << 16
+    assert (ours == theirs).all()
+
+
+def test_two_processes_at_once(path, device):
+    other = client(path, "print(*[multiply(d, 9)[1].cycles for k in range(40)])")
+    embedded = Device(TINY)
+    found = [multiply(device, 5) for _ in range(20)]
+    assert found == [multiply(embedded, 5) for _ in range(20)]
+    cycles = [int(word) for word in other.stdout.readline().split()]
+    other.wait(10)
+    other.stdout.close()
+    embedded = Device(TINY)
+    assert cycles == [multiply(embedded, 9)[1].cycles for _ in range(40)]
+
+
+def test_memory_is_zero_and_private(path, device, share):
+    address = device.memory.allocate(4 * MIB)
+    array = device.array(address, (4 * MIB,), np.uint8)
+    assert not array.any()
+    array[:] = 7
+    other = share(path)
+    there = other.memory.allocate(4 * MIB)
+    assert there == address  # addresses are each context's own
+    assert not other.array(there, (4 * MIB,), np.uint8).any()
+
+
+def test_released_memory_comes_back_as_zeros(path, device):
+    big = device.memory.allocate(100 * MIB)
+    device.array(big, (100 * MIB,), np.uint8)[:] = 1
+    held = figures(path)["memory_bytes"]
+    device.memory.free(big)
+    assert figures(path)["memory_bytes"] <= held - 100 * MIB
+    again = device.memory.allocate(100 * MIB)
+    assert not device.array(again, (100 * MIB,), np.uint8).any()
+
+
+def test_a_fault_is_precise_and_private(path, device, share):
+    other = share(path)
+    with pytest.raises(DeviceFault) as raised:
+        other.launch(ILLEGAL)
+    with pytest.raises(DeviceFault) as expected:
+        Device(TINY).launch(ILLEGAL)
+    assert str(raised.value) == str(expected.value)
+    assert raised.value.fault == expected.value.fault
+    assert raised.value.fault.kind is FaultKind.ILLEGAL_INSTRUCTION
+    assert multiply(other)[0] == multiply(device)[0]
+    of_pid = {each["context"]: each["faults"] for each in figures(path)["contexts"]}
+    assert sorted(of_pid.values()) == [0, 1]
+
+
+def test_slots_outside_of_grants_are_refused(device):
+    inside = device.memory.allocate(64)
+    device.launch(EXIT, (), [Slot(inside, 64)])
+    for slot, shown in (
+        (Slot(8 * MIB, 64), "slot 0, 64 bytes at 0x800000"),
+        (Slot(0, 2 * MIB + 1), "slot 0, 2,097,153 bytes at 0x0"),
+    ):
+        message = (
+            f"launch of 'exit': {shown}: not in memory that the device service has granted to "
+            "this process; allocate it from the device first"
+        )
+        with pytest.raises(ValueError, match=re.escape(message) + "$"):
+            device.launch(EXIT, (), [slot])
+    device.launch(EXIT, (), [Slot(inside, 64)])
+
+
+def test_a_remembered_launch_is_checked_again_after_release(device):
+    big = device.memory.allocate(100 * MIB)
+    device.launch(EXIT, (), [Slot(big, 64)])
+    device.memory.free(big)  # goes back to the service
+    with pytest.raises(ValueError, match="not in memory that the device service has granted"):
+        device.launch(EXIT, (), [Slot(big, 64)])
+
+
+def test_forgotten_programs_are_sent_again(path, share):
+    opened = share(path)
+    for number in range(3):
+        opened.machine._programs[ILLEGAL.digest, 0] = 10_000 + number
+        with pytest.raises(DeviceFault):
+            opened.launch(ILLEGAL)
+
+
+def test_a_killed_client_leaves_nothing(path, device):
+    process = client(path, "d.memory.allocate(200 << 20)\nd.launch(ENDLESS)")
+    eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
+    assert figures(path)["memory_bytes"] >= 200 * MIB
+    kill(process)
+    begun = time.monotonic()
+    assert multiply(device)[0] == multiply(Device(TINY))[0]
+    assert time.monotonic() - begun < 5
+    eventually(lambda: len(figures(path)["contexts"]) == 1)
+    assert figures(path)["memory_bytes"] == 2 * MIB
+
+
+def test_clients_killed_while_they_wait(path, device):
+    running = client(path, "d.launch(ENDLESS)")
+    eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
+    waiting = [client(path, "d.launch(ENDLESS)") for _ in range(2)]
+    eventually(
+        lambda: sum(e["state"] == "waiting" for e in figures(path)["contexts"]) == 2
+    )
+    for process in (waiting[0], running, waiting[1]):
+        kill(process)
+    assert multiply(device)[0] == multiply(Device(TINY))[0]
+
+
+def test_reset_ends_launches_and_contexts(path, share):
+    victim, bystander = share(path), share(path)
+    address = bystander.place(np.arange(16))
+    lost: list[DeviceLost] = []
+
+    def run() -> None:
+        try:
+            victim.launch(ENDLESS)
+        except DeviceLost as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
+    control = share(path)
+    begun = time.monotonic()
+    control.machine._connection.ask(Type.RESET)
+    thread.join(10)
+    assert time.monotonic() - begun < 2
+    message = (
+        "what its tensors hold can still be copied to the host; "
+        "open it again with pagoda.use_chip"
+    )
+    assert str(lost[0]).startswith("the device was reset by ")
+    assert str(lost[0]).endswith(f" (process {os.getpid()}); {message}")
+    for opened in (victim, bystander, control):
+        with pytest.raises(DeviceLost, match="the device was reset by"):
+            opened.launch(EXIT)
+        with pytest.raises(DeviceLost, match="the device was reset by"):
+            opened.memory.allocate(8 * MIB)
+    assert (bystander.array(address, (16,), np.int64) == np.arange(16)).all()
+    fresh = share(path)
+    assert multiply(fresh)[0] == multiply(Device(TINY))[0]
+
+
+def test_ctrl_c_ends_a_launch_and_leaves_the_device(device):
+    for _ in range(3):
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            device.launch(ENDLESS)
+        assert multiply(device)[0] == multiply(Device(TINY))[0]
+
+
+def test_ctrl_c_ends_the_wait_for_a_turn(path, device):
+    busy = client(path, "d.launch(ENDLESS)")
+    eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        device.launch(ENDLESS)
+    kill(busy)
+    assert multiply(device)[0] == multiply(Device(TINY))[0]
+
+
+def test_out_of_memory_says_who_holds_what(path, device, share):
+    device.memory.allocate(100 * MIB)
+    other = share(path)
+    other.memory.allocate(100 * MIB)
+    with pytest.raises(OutOfDeviceMemory) as raised:
+        other.memory.allocate(80 * MIB)
+    found = re.sub(r"\S+ \(process \d+, user \w+\)", "NAME", str(raised.value))
+    assert found == (
+        "device memory is full: 83,886,080 bytes asked for: NAME needs 83,886,080 bytes more of "
+        "the shared device, but of the chip's 268,435,456 only 58,720,256 are free; it holds "
+        "104,857,600, others hold 104,857,600; free tensors, use a smaller batch or sequence, or "
+        "end other programs"
+    )
+    assert other.memory.allocate(30 * MIB)
+
+
+def test_a_memory_limit(path, share):
+    limited = share(path, memory_limit="8 MiB")
+    limited.memory.allocate(5 * MIB)
+    with pytest.raises(OutOfDeviceMemory, match=r"but its limit is 8,388,608; it holds 6,291,456"):
+        limited.memory.allocate(5 * MIB)
+    limited.memory.allocate(2 * MIB)
+
+
+def test_an_embedded_device_has_a_memory_limit_too():
+    limited = open_device(TINY, memory_limit=MIB, environment={"PAGODA_DEVICE": "embedded"})
+    with pytest.raises(OutOfDeviceMemory):
+        limited.memory.allocate(MIB)
+
+
+def test_writing_outside_of_grants_ends_the_context(path, device):
+    device.memory.allocate(64)
+    device.machine.dram[16 * MIB : 24 * MIB] = 1
+    eventually(lambda: figures(path)["contexts"][0]["state"] == "lost")
+    with pytest.raises(DeviceLost, match="were not granted to it, and was ended"):
+        device.launch(EXIT)
+
+
+def test_a_forked_process_cannot_use_the_device(device):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            device.launch(EXIT)
+        except DeviceLost as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    device.launch(EXIT)
+
+
+def test_another_chip_than_the_service_has(path, share):
+    with pytest.raises(ServiceError) as raised:
+        share(path, CAR)
+    assert str(raised.value) == (
+        f"chip 'car' was asked for, but PAGODA_DEVICE={path} names a service whose chip 'tiny' "
+        "differs; leave the chip out to use that one, or set PAGODA_DEVICE=embedded for a device "
+        "of this program's own"
+    )
+
+
+def test_limits_of_users(tmp_path, share):
+    path = tmp_path / "s"
+    limits = (
+        f"limits=Limits(UserLimits(), (({os.getuid()}, UserLimits({20 * MIB}, 2.0, 3)),))"
+    )
+    with serving(path, options=limits):
+        one = share(path, priority=3, time_share=2)
+        two = share(path)
+        one.memory.allocate(12 * MIB)
+        with pytest.raises(OutOfDeviceMemory, match="may hold 20,971,520 and hold 12,582,912"):
+            two.memory.allocate(12 * MIB)
+        for wish, shown in ((dict(priority=4), "priority = 4"), (dict(time_share=3.0), "3.0")):
+            with pytest.raises(ServiceError, match=f"{shown}: user .* may have at most"):
+                share(path, **wish)
+
+
+def test_partitions_of_cores(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path, CAR):
+        part = share(path, cores=1)
+        embedded = open_device(CAR, cores=1, environment={"PAGODA_DEVICE": "embedded"})
+        assert part.chip == embedded.chip == CAR.partition(1)
+        assert multiply(part)[1] == multiply(embedded)[1]
+        with pytest.raises(ServiceError, match="a partition of 5 cores: the chip has 4"):
+            share(path, cores=5)
+
+
+def test_a_partition_owns_its_share_of_the_bandwidth():
+    assert CAR.partition(3).dram_share == CAR.dram_share
+    assert CAR.partition(4) is CAR
+    with pytest.raises(ChipError, match="a partition of 0 cores: the chip has 4; ask for 1 to 4"):
+        CAR.partition(0)
+
+
+WEDGED = """
+import threading
+from pagoda.sim import Simulator
+
+class Wedged(Simulator):
+    def wait(self):
+        if self._launch.program.name == "endless":
+            threading.Event().wait()
+        return super().wait()
+"""
+
+
+def test_reset_recovers_from_a_wedged_machine(tmp_path, share):
+    path = tmp_path / "s"
+    machine = "machine=lambda chip, dram: Wedged(chip, dram=dram)"
+    with serving(path, options=machine, before=WEDGED):
+        stuck = client(path, "d.memory.allocate(200 << 20)\nd.launch(ENDLESS)")
+        eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
+        behind = client(path, "d.launch(ENDLESS)")
+        eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "waiting"])
+        control = share(path)
+        control.machine._connection.ask(Type.RESET)
+        fresh = share(path)
+        fresh.memory.allocate(200 * MIB)
+        assert multiply(fresh)[0] == multiply(Device(TINY))[0]
+        assert behind.wait(10) == 1  # DeviceLost
+        behind.stdout.close()
+        kill(stuck)
+
+
+def test_a_killed_service_is_one_clear_error(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path) as process:
+        opened = share(path)
+        address = opened.place(np.arange(8))
+        timer = threading.Timer(0.3, process.kill)
+        timer.start()
+        with pytest.raises(DeviceLost) as raised:
+            opened.launch(ENDLESS)
+        message = (
+            f"the device service on {path} went away during launch of 'endless'; what its tensors "
+            "hold can still be copied to the host; start the service again with `pagoda device "
+            "start`, and the program"
+        )
+        assert re.sub(r" \(\[Errno.*?\)", "", str(raised.value)) == message
+        with pytest.raises(DeviceLost, match="went away during launch of 'endless'"):
+            opened.launch(ENDLESS)
+        assert (opened.array(address, (8,), np.int64) == np.arange(8)).all()
+        opened.memory.free(address)
+
+
+def test_no_shared_memory(tmp_path, share):
+    path = tmp_path / "s"
+    before = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))"
+    with serving(path, before=before), pytest.raises(ServiceError) as raised:
+        share(path)
+    assert str(raised.value) == (
+        "no shared memory of 268,435,456 bytes for the device's DRAM: File too large; raise the "
+        "limits of the service on memory and file size (ulimit -v, ulimit -f), or choose a chip "
+        "with less DRAM"
+    )
