@@ -63,17 +63,22 @@ class Tenant:
     last_cores: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.priority not in PRIORITIES:
-            raise TenantError(
-                f"priority of {self.name!r}: must be an integer from {PRIORITIES[0]} to "
-                f"{PRIORITIES[-1]} (higher goes first), got {self.priority!r}; 0 is the usual one"
-            )
-        low, high = WEIGHTS
-        if not (math.isfinite(self.weight) and low <= self.weight <= high):
-            raise TenantError(
-                f"weight of {self.name!r}: must be from {low:g} to {high:g}, got {self.weight!r}; "
-                "1 is the usual one, and 2 gets twice its share"
-            )
+        check_share(self.name, self.priority, self.weight)
+
+
+def check_share(name: str, priority: int, weight: float) -> None:
+    """Raises TenantError for what no tenant can have."""
+    if priority not in PRIORITIES:
+        raise TenantError(
+            f"priority of {name!r}: must be an integer from {PRIORITIES[0]} to {PRIORITIES[-1]} "
+            f"(higher goes first), got {priority!r}; 0 is the usual one"
+        )
+    low, high = WEIGHTS
+    if not (math.isfinite(weight) and low <= weight <= high):
+        raise TenantError(
+            f"weight of {name!r}: must be from {low:g} to {high:g}, got {weight!r}; 1 is the usual "
+            "one, and 2 gets twice its share"
+        )
 
 
 class Start(NamedTuple):

@@ -19,6 +19,7 @@ import numpy as np
 
 from pagoda.isa import Chip, Interrupted, Launch, Program, Result
 from pagoda.isa.machine import Machine
+from pagoda.runtime.scheduler import Scheduler, Tenant, TenantGone
 from pagoda.runtime.service.grants import Account, Grants
 from pagoda.runtime.service.launches import (
     Outcome,
@@ -28,7 +29,6 @@ from pagoda.runtime.service.launches import (
 )
 from pagoda.runtime.service.protocol import ProtocolError
 from pagoda.runtime.service.shared_memory import SharedMemory
-from pagoda.runtime.service.turns import Scheduler, Tenant, TenantGone
 
 _MAX_PROGRAM_BYTES = 64 << 20  # of one context's programs; those used longest ago are forgotten
 _MAX_KNOWN_LAUNCHES = 256
