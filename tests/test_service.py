@@ -345,6 +345,35 @@ def test_limits_of_users(tmp_path, share):
                 share(path, **wish)
 
 
+def test_a_share_that_no_tenant_can_have(path, share):
+    with pytest.raises(ServiceError) as raised:
+        share(path, time_share=1e-9)
+    assert re.fullmatch(
+        r"weight of '.*': must be from 1e-06 to 1e\+06, got 1e-09; 1 is the usual one, and 2 gets "
+        "twice its share",
+        str(raised.value),
+    )
+
+
+def test_partitions_run_at_the_same_time(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path, CAR):
+        three = share(path, cores=3)
+        process = run_python(
+            "from service_support import *\n"
+            f"d = shared(Path({str(path)!r}), cores=1)\n"
+            "d.launch(ENDLESS)"
+        )
+        eventually(lambda: figures(path)["queue"]["running"])
+        found, result = multiply(three)  # though the other's launch never ends
+        queue = figures(path)["queue"]
+        assert [turn["cores"] for turn in queue["running"]] == [[0]]
+        kill(process)
+        eventually(lambda: not figures(path)["queue"]["running"])
+        alone = multiply(Device(three.chip))
+        assert (found, result.cycles) == (alone[0], alone[1].cycles)
+
+
 def test_partitions_of_cores(tmp_path, share):
     path = tmp_path / "s"
     with serving(path, CAR):

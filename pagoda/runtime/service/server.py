@@ -28,6 +28,7 @@ from pagoda.isa.machine import Machine
 from pagoda.runtime.device import host_threads
 from pagoda.runtime.errors import ServiceError
 from pagoda.runtime.memory import OutOfDeviceMemory
+from pagoda.runtime.policy import TenantError, check_share
 from pagoda.runtime.scheduler import Scheduler
 from pagoda.runtime.service.context import Context, MachineFactory, Peer, Refused, Share
 from pagoda.runtime.service.grants import Account, available_host_bytes
@@ -328,6 +329,10 @@ class Service:
         limit = min(fields["memory_limit"] or most, most)
 
         share = Share(f"{client.peer.user}/{client.name}", fields["priority"], weight)
+        try:
+            check_share(share.name, share.priority, share.weight)
+        except TenantError as error:
+            raise Refused("limit", str(error)) from None
         context = Context(
             next(self._numbers), client.peer, client.name, chip, self._account,
             (limit, allowed.memory), self._scheduler, share, self._machine,
