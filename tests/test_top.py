@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -89,8 +90,9 @@ def test_in_a_terminal_it_goes_on_until_ctrl_c(folder):
     with running as service, watching as (process, end):
 
         def read(what: bytes) -> bool:
-            with contextlib.suppress(OSError):  # at its end
-                shown.extend(os.read(end, 65536))
+            if select.select([end], [], [], 1.0)[0]:
+                with contextlib.suppress(OSError):  # at its end
+                    shown.extend(os.read(end, 65536))
             return what in shown
 
         assert eventually(lambda: read(b"core 0"))

@@ -167,7 +167,7 @@ class Policy:
         None: nothing can start before the next event. `Await`: nor does it, but something could
         if the tenants that are awaited were given up (`give_up`).
         """
-        if not any(tenant.requests for tenant in self._candidates):
+        if not self.free or not any(tenant.requests for tenant in self._candidates):
             return None
         free, awaited = self.free, []
         line = self.waiting()
