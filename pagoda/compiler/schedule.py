@@ -129,6 +129,7 @@ class _Packer:
         self.root = _intern(with_quantised_functions(_intern(statement.tree), saturates))
         self.uses = Counter({id(self.root): 1})
         self._count(self.root, set())
+        self.counts: dict[int, int] = {}
         self.done: dict[int, Operand] = {}
         self.reads: Counter[View] = Counter()  # readers still to come of each temporary
         destination = statement.destination
@@ -164,12 +165,12 @@ class _Packer:
             f1, f2, sources = "fmul", "fma", tuple(map(self._operand, arguments))
         elif function == "select":
             f1, f2, sources = "select", "select", tuple(map(self._operand, arguments))
-        elif function != "i2fmul" and self._pairable(arguments[0]):
+        elif (place := self._first(node)) == 0:
             inner = arguments[0]
             a, b = self._pair(inner)
             c = self._operand(arguments[1]) if len(arguments) == 2 else None
             f1, f2, sources = inner.function, function, (a, b, c)
-        elif len(arguments) == 2 and function in SWAPPED and self._pairable(arguments[1]):
+        elif place == 1:
             inner = arguments[1]
             c = self._operand(arguments[0])
             f1, f2, sources = inner.function, SWAPPED[function], (*self._pair(inner), c)
@@ -184,6 +185,35 @@ class _Packer:
     def _pair(self, inner: Apply) -> tuple[Operand, Operand | None]:
         operands = tuple(map(self._operand, inner.arguments))
         return operands if len(operands) == 2 else (operands[0], None)
+
+    def _first(self, node: Apply) -> int | None:
+        """Which argument is the command's f1, if one is: that which leaves the fewest commands."""
+        if node.function in ("fma", "select", "i2fmul", *REINTERPRET):
+            return None
+        places = [
+            place
+            for place, argument in enumerate(node.arguments)
+            if self._pairable(argument) and (place == 0 or node.function in SWAPPED)
+        ]
+        return min(places, key=lambda place: self._left(node, place), default=None)
+
+    def _left(self, node: Apply, place: int | None) -> int:
+        """Commands ahead of the one of a node, whose f1 is its argument at `place`."""
+        return sum(
+            sum(map(self._commands, argument.children()))
+            if here == place
+            else self._commands(argument)
+            for here, argument in enumerate(node.arguments)
+        )
+
+    def _commands(self, node: Tree) -> int:
+        """Commands that compute a node and what only it reads."""
+        if not isinstance(node, Apply) or self.uses[id(node)] > 1:
+            return 0
+        if id(node) not in self.counts:
+            own = node.function not in REINTERPRET
+            self.counts[id(node)] = own + self._left(node, self._first(node))
+        return self.counts[id(node)]
 
     def _pairable(self, node: Tree) -> bool:
         return (

@@ -1,9 +1,9 @@
 """Quantised graphs as torch.export and torchao write them, on the int8 array.
 
-    dequantize(x) -> convolution or linear(., dequantize(w)) becomes the int8 operation of `int8`,
+    dequantize(x) -> convolution or linear(., dequantize(w)) becomes the int8 operation of `int8`
 
-in units of x's scale times w's: what follows (bias, activation, quantize) is fused into its kernel
-like any pointwise operation. x int8 or uint8 with any zero point, one scale; w int8 with a scale
+with the bias as its offset: what follows (activation, quantize) is fused into its kernel like any
+pointwise operation. x int8 or uint8 with any zero point, one scale; w int8 with a scale
 for all or per output channel, symmetric. The sums are exact, where the graph as it is written would
 multiply dequantised floats and round each step. Anything else is left as it is.
 """
@@ -39,10 +39,10 @@ def dequantised_convolution(
     x, zero_point = _signed(x, x_zero_point)
     steps = (_pair(stride), _pair(padding), _pair(dilation), groups)
     scale = _scales(w, x_scale, w_scale)
-    y = torch.ops.pagoda.convolution_int8(
-        x, w, scale, _correction(w, zero_point), *steps, zero_point, torch.float32
+    offset = _offset(w, scale, bias, zero_point)
+    return torch.ops.pagoda.convolution_int8(
+        x, w, scale, offset, *steps, zero_point, torch.float32
     )
-    return y if bias is None else y + bias.float().view(-1, 1, 1)
 
 
 def dequantised_linear(
@@ -57,8 +57,8 @@ def dequantised_linear(
     [..., k]; w int8 [o, k]; scale and zero point of x may be tensors, found as the model runs."""
     x, zero_point = _signed(x, x_zero_point)
     scale = _scales(w, x_scale, w_scale)
-    y = torch.ops.pagoda.linear_int8(x, w, scale, _correction(w, zero_point), torch.float32)
-    return y if bias is None else y + bias.float()
+    offset = _offset(w, scale, bias, zero_point)
+    return torch.ops.pagoda.linear_int8(x, w, scale, offset, torch.float32)
 
 
 def _signed(x: torch.Tensor, zero_point: Any) -> tuple[torch.Tensor, Any]:
@@ -72,12 +72,17 @@ def _scales(w: torch.Tensor, x_scale: Any, w_scale: Any) -> torch.Tensor:
     return ones * x_scale * w_scale
 
 
-def _correction(w: torch.Tensor, zero_point: Any) -> torch.Tensor | None:
-    """What a zero point of x adds to each sum too much."""
+def _offset(
+    w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, zero_point: Any
+) -> torch.Tensor | None:
+    """The bias, less what a zero point of x adds to each result. In float32: the sums are exact,
+    and zero points may be found as the model runs."""
+    offset = None if bias is None else bias.float()
     if not isinstance(zero_point, torch.Tensor) and zero_point == 0:
-        return None
-    sums = w.flatten(1).sum(1, dtype=torch.int32)
-    return (-sums * zero_point).to(torch.int32)
+        return offset
+    sums = w.flatten(1).sum(1, dtype=torch.int32) * zero_point
+    excess = sums.to(torch.float32) * scale
+    return -excess if offset is None else offset - excess
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
