@@ -153,8 +153,8 @@ def test_refuses():
     )
 
 
-def commands(call):
-    """(vector commands, stores) of what a call launches."""
+def executed(call):
+    """The vector commands and the stores of what a call launches."""
     there, found = device.state.executor.device, []
     with there.tracing(), there.listening(found.append):
         call()
@@ -168,13 +168,13 @@ def test_one_vector_command_per_output_tile(chip, dtype):
     x, w = random(300, 40), random(70, 40, seed=1)
     offset = torch.linspace(-9, 9, 70)
     given = on_device(x, w, torch.full((70,), 1e-2), offset)
-    vectors, stores = commands(lambda: ops.linear_int8(*given, dtype))
+    vectors, stores = executed(lambda: ops.linear_int8(*given, dtype))
     assert vectors == stores > 1
     x, w = random(2, 16, 20, 20), random(70, 16, 3, 3, seed=1)
     x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
     given = on_device(x, w, torch.full((70,), 1e-2), offset)
     steps = [1, 1], [1, 1], [1, 1], 1, 0
-    vectors, stores = commands(lambda: ops.convolution_int8(*given, *steps, dtype))
+    vectors, stores = executed(lambda: ops.convolution_int8(*given, *steps, dtype))
     assert vectors == stores > 1
-    vectors, stores = commands(lambda: ops.convolution_int8(*given, *steps, INT8, 0, 127))
+    vectors, stores = executed(lambda: ops.convolution_int8(*given, *steps, INT8, 0, 127))
     assert vectors == 2 * stores
