@@ -61,6 +61,15 @@ def test_bounds_take_another_command():
     assert packed(build, DType.I8) == [("i2fmul", "faddq"), ("imax", "imin")]
 
 
+def test_a_residual_takes_another_command():
+    """The pair that leaves the fewest commands: not the sum with what is added to it."""
+
+    def build(s, x, r):
+        return int8(apply("fadd", apply("fadd", scaled(s, r), r), apply("fabs", x)))
+
+    assert packed(build, DType.I8) == [("i2fmul", "fadd"), ("fabs", "faddq")]
+
+
 def test_what_is_no_int8_stays():
     assert packed(lambda s, x, r: int8(apply("fadd", x, r)), DType.I32) == [
         ("fadd", "mov"), ("fround", "f2i")
