@@ -38,10 +38,10 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add)
 def quantize_tensor(
     x: torch.Tensor, scale: float | torch.Tensor, zero_point: int = 0
 ) -> torch.Tensor:
-    """int8: clamp(round(x * (1 / scale)) + zero_point, -128, 127); to nearest, ties to even."""
-    q = torch.round(x.float() * (1 / scale))
+    """int8: clamp(round(x * (1 / scale) + zero_point), -128, 127); to nearest, ties to even."""
+    q = x.float() * (1 / scale)
     q = q + zero_point if zero_point else q
-    return torch.clamp(q, INT8_MIN, INT8_MAX).to(torch.int8)
+    return torch.clamp(torch.round(q), INT8_MIN, INT8_MAX).to(torch.int8)
 
 
 def dequantize_tensor(q: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
