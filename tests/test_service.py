@@ -187,7 +187,7 @@ def test_a_remembered_launch_is_checked_again_after_release(device):
 def test_forgotten_programs_are_sent_again(path, share):
     opened = share(path)
     for number in range(3):
-        opened.machine._programs[ILLEGAL.digest, 0] = 10_000 + number
+        opened.machine._numbers[id(ILLEGAL)] = ILLEGAL, 10_000 + number
         with pytest.raises(DeviceFault):
             opened.launch(ILLEGAL)
 
@@ -343,6 +343,25 @@ def test_limits_of_users(tmp_path, share):
         for wish, shown in ((dict(priority=4), "priority = 4"), (dict(time_share=3.0), "3.0")):
             with pytest.raises(ServiceError, match=f"{shown}: user .* may have at most"):
                 share(path, **wish)
+
+
+def test_a_watchdog_of_the_service(tmp_path, share):
+    path = tmp_path / "s"
+    limits = "limits=Limits(UserLimits(watchdog=5000))"
+    with serving(path, options=limits), pytest.raises(DeviceFault) as raised:
+        share(path).launch(ENDLESS)
+    assert raised.value.fault.kind is FaultKind.WATCHDOG
+
+
+def test_a_trace_without_end(tmp_path, share):
+    path = tmp_path / "s"
+    before = "import pagoda.sim.machine as machine\nmachine._FIRST_TRACE_ROWS = 64\n"
+    before += "import pagoda.runtime.service.server as server\nserver._PART_OF_HOST = 1 << 40"
+    with serving(path, before=before):
+        device = share(path)
+        with device.tracing(), pytest.raises(ValueError, match="there is no room for more; trace"):
+            multiply(device, rows=50_000)
+        assert multiply(device)[0] == multiply(Device(TINY))[0]
 
 
 def test_partitions_of_cores(tmp_path, share):

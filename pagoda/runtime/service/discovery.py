@@ -82,8 +82,11 @@ def open_device(
     memory_limit or time_share that is none.
     """
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    if time_share is not None and not 0 < time_share < 1e9:
-        raise ValueError(f"time_share = {time_share}: must be a positive number; leave it out")
+    if time_share is not None and not 1e-6 <= time_share <= 1e6:
+        raise ValueError(
+            f"time_share = {time_share}: must be from 0.000001 to 1000000; 2 is twice the share of "
+            "those that ask for none"
+        )
     connection = find_service(chip, environment)
     if connection is None:
         chip = chip or PRESETS[DEFAULT_CHIP]
