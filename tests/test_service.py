@@ -364,6 +364,36 @@ def test_a_trace_without_end(tmp_path, share):
         assert multiply(device)[0] == multiply(Device(TINY))[0]
 
 
+def test_a_share_that_no_tenant_can_have(path, share):
+    with pytest.raises(ValueError) as raised:
+        share(path, time_share=1e-9)
+    assert str(raised.value) == (
+        "time_share = 1e-09: must be from 1e-06 to 1e+06; 2 is twice the share of those that ask "
+        "for none"
+    )
+    with pytest.raises(ValueError, match="priority = 5000: must be a whole number from -1000 to"):
+        share(path, priority=5000)
+
+
+def test_partitions_run_at_the_same_time(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path, CAR):
+        three = share(path, cores=3)
+        process = run_python(
+            "from service_support import *\n"
+            f"d = shared(Path({str(path)!r}), cores=1)\n"
+            "d.launch(ENDLESS)"
+        )
+        eventually(lambda: figures(path)["queue"]["running"])
+        found, result = multiply(three)  # though the other's launch never ends
+        queue = figures(path)["queue"]
+        assert [turn["cores"] for turn in queue["running"]] == [[0]]
+        kill(process)
+        eventually(lambda: not figures(path)["queue"]["running"])
+        alone = multiply(Device(three.chip))
+        assert (found, result.cycles) == (alone[0], alone[1].cycles)
+
+
 def test_partitions_of_cores(tmp_path, share):
     path = tmp_path / "s"
     with serving(path, CAR):

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from pagoda.runtime.policy import PRIORITIES, WEIGHTS
+
 VERSION = 1
 MAGIC = b"PGDA"
 HEADER = struct.Struct("<4sHHII")
@@ -99,7 +101,7 @@ def _optional(check: Check) -> Check:
 
 
 def _weight(value: Any) -> bool:
-    return type(value) in (int, float) and 1e-6 <= value <= 1e6
+    return type(value) in (int, float) and WEIGHTS[0] <= value <= WEIGHTS[1]
 
 
 def _map(value: Any) -> bool:
@@ -133,7 +135,7 @@ FIELDS: dict[Type, dict[str, Check]] = {
     Type.HELLO: {"contract": _uint32, "pagoda": _text(), "name": _text()},
     Type.OPEN: {
         "cores": _optional(_int(1, 1 << 16)),
-        "priority": _int(-1000, 1000),
+        "priority": _int(PRIORITIES[0], PRIORITIES[-1]),
         "time_share": _optional(_weight),
         "memory_limit": _optional(_address),
     },
