@@ -146,6 +146,30 @@ def test_released_memory_comes_back_as_zeros(path, device):
     assert not device.array(again, (100 * MIB,), np.uint8).any()
 
 
+def test_memory_that_is_left_and_given_back(path, device, share):
+    address = device.memory.allocate(40 * MIB)
+    share(path).memory.allocate(100 * MIB)
+    assert device.memory.available() == (256 - 40 - 100) * MIB
+    device.memory.free(address)
+    assert (device.memory.reserved, device.memory.allocated) == (40 * MIB, 0)
+    assert device.memory.available() == (256 - 100) * MIB
+    device.memory.give_back()
+    assert device.memory.reserved == 0
+    assert figures(path)["memory_bytes"] == 100 * MIB
+
+
+def test_memory_freed_in_the_middle_of_a_request_is_given_back_later(path, device):
+    addresses = [device.memory.allocate(50 * MIB) for _ in range(3)]
+    connection = device.machine._connection
+    with connection._lock:  # as if the garbage collector struck while something is asked
+        for address in addresses:
+            device.memory.free(address)
+    assert figures(path)["memory_bytes"] == 150 * MIB
+    device.memory.allocate(64)
+    device.memory.give_back()
+    assert figures(path)["memory_bytes"] == 2 * MIB
+
+
 def test_a_fault_is_precise_and_private(path, device, share):
     other = share(path)
     with pytest.raises(DeviceFault) as raised:

@@ -249,6 +249,11 @@ class RemoteMachine(MachineBase):
         answer = self._connection.ask(Type.GRANT, bytes=nbytes, release=released).fields()
         return answer["start"], answer["bytes"]
 
+    def left(self) -> int:
+        """See `memory.Owner`."""
+        figures = self._connection.figures()
+        return figures["memory_total_bytes"] - figures["memory_bytes"]
+
     def release(self, released: list[tuple[int, int]]) -> bool:
         """See `memory.Owner`."""
         return self._connection.try_ask(Type.RELEASE, release=released)
