@@ -8,9 +8,10 @@ import pytest
 from service_support import close, serving, shared
 
 from pagoda.cli.bench_os import fairness, launch_overhead, shortest_program, survival
-from pagoda.cli.os_jobs import LoadedJob, load_jobs, record_jobs, save_jobs
 from pagoda.isa import load_chip
+from pagoda.pytorch.recording import record_jobs
 from pagoda.runtime import Device
+from pagoda.runtime.replay import LoadedJob, load_jobs, save_jobs
 
 EDGE = load_chip("edge")
 

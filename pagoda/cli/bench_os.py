@@ -21,13 +21,13 @@ from rich.console import Console
 
 from pagoda.cli.figures import show_figures
 from pagoda.cli.options import chip_option, json_option
-from pagoda.cli.os_jobs import Job, record_jobs, save_jobs
 from pagoda.isa import rv32
 from pagoda.isa.chip import Chip
 from pagoda.isa.commands import CONTROL
 from pagoda.isa.memory_map import COMMAND_PORT
 from pagoda.isa.program import Program
 from pagoda.runtime import Device, open_device
+from pagoda.runtime.replay import Job, save_jobs
 from pagoda.runtime.service.protocol import Type
 from pagoda.runtime.service.remote import Connection, NotRunning
 
@@ -271,6 +271,8 @@ def os(
 
     Starts a service of its own. Jain's index is 1 for equal shares.
     """
+    from pagoda.pytorch.recording import record_jobs
+
     environ["PAGODA_DEVICE"] = "embedded"  # of this process
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="pagoda-os-") as name:

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from pagoda.cli.os_jobs import Job, LoadedJob, load_jobs
 from pagoda.isa.program import Program
 from pagoda.runtime import Device, DeviceFault, DeviceLost, OutOfDeviceMemory, open_device
+from pagoda.runtime.replay import Job, LoadedJob, load_jobs
 
 ILLEGAL = Program("illegal", bytes(4))  # an instruction that is none
 _REPORT_SECONDS = 0.5

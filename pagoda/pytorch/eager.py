@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from pagoda.pytorch import composed, device, guards, mixing, sorting
+from pagoda.pytorch import composed, device, guards, mixing
 from pagoda.pytorch.errors import Unsupported
 from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
@@ -43,8 +43,8 @@ HOST_ALLOWED: dict[str, str] = {
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique", "aten._unique2",
-         "aten.unique_dim", "aten.unique_consecutive"),
+        ("aten.nonzero", "aten._unique", "aten._unique2", "aten.unique_dim",
+         "aten.unique_consecutive"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -160,7 +160,7 @@ def runs_on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         isinstance(a, torch.Generator) for a in (*args, *kwargs.values())
     ):
         return False
-    return _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs)
+    return _packet(op) in HOST_ALLOWED
 
 
 def require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -175,17 +175,6 @@ def require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
                 f"compute with it. Use {_STORED_ONLY[kind]}: convert tensors with .to(dtype) "
                 "before they are moved to the device."
             )
-
-
-def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether this sorts rows that are short enough for the chip."""
-    if op.overloadpacket not in (aten.sort, aten.topk):
-        return False
-    if not args[0].dim():
-        return True
-    position = [a.name for a in op._schema.arguments].index("dim")
-    dim = args[position] if position < len(args) else kwargs.get("dim", -1)
-    return args[0].shape[dim] <= sorting.LIMIT
 
 
 def _has_empty_result(op: Any, kwargs: dict[str, Any]) -> bool:
