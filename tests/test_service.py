@@ -34,6 +34,7 @@ from pagoda.runtime import (
     ServiceError,
     open_device,
 )
+from pagoda.runtime.service.grants import available_host_bytes
 from pagoda.runtime.service.protocol import Type
 
 MIB = 1 << 20
@@ -341,6 +342,53 @@ def test_a_forked_process_cannot_use_the_device(device):
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     device.launch(EXIT)
+
+
+def test_a_closed_device_is_free_though_a_child_holds_its_socket(path, share):
+    opened = share(path)
+    address = opened.memory.allocate(64 * MIB)
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    close(opened)
+    eventually(lambda: not figures(path)["contexts"])
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(DeviceLost, match="the device was closed; open it again"):
+        opened.launch(EXIT)
+    opened.memory.free(address)
+
+
+def test_stopping_tells_what_runs(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path) as process:
+        opened = share(path)
+        threading.Timer(0.3, process.terminate).start()
+        with pytest.raises(DeviceLost) as raised:
+            opened.launch(ENDLESS)
+        assert str(raised.value) == (
+            f"the device service on {path} was stopped; what its tensors hold can still be copied "
+            "to the host; open it again with pagoda.use_chip"
+        )
+        assert process.wait(10) == 0
+        assert not path.exists()
+
+
+def test_a_host_without_memory(tmp_path, share):
+    path = tmp_path / "s"
+    before = "import pagoda.runtime.service.server as server\n"
+    before += "server.available_host_bytes = lambda: 5 << 20"
+    with serving(path, before=before):
+        opened = share(path)
+        opened.memory.allocate(3 * MIB)
+        message = "but this computer has only 1,048,576 left for the simulated DRAM; it holds"
+        with pytest.raises(OutOfDeviceMemory, match=message):
+            opened.memory.allocate(3 * MIB)
+
+
+def test_memory_of_this_host():
+    assert 1 << 20 < available_host_bytes() < 1 << 50
 
 
 def test_another_chip_than_the_service_has(path, share):

@@ -97,9 +97,13 @@ def open_device(
     if connection is None:
         chip = chip or PRESETS[DEFAULT_CHIP]
         return Device(chip.partition(cores or chip.cores), memory_limit=limit)
-    machine = RemoteMachine(
-        connection, cores=cores, priority=priority, time_share=time_share, memory_limit=limit
-    )
+    try:
+        machine = RemoteMachine(
+            connection, cores=cores, priority=priority, time_share=time_share, memory_limit=limit
+        )
+    except BaseException:
+        connection.close()
+        raise
     unit = unit_bytes(machine.chip.dram_bytes)
     memory = GrantedAllocator(machine.memory_limit, unit, machine)
     return Device(machine.chip, machine, memory=memory)

@@ -178,6 +178,9 @@ class Connection:
 
     def _break(self, text: str) -> None:
         self._broken = text
+        if self._process == os.getpid():  # forked children hold the socket open, too
+            with contextlib.suppress(OSError):
+                self._channel.socket.shutdown(socket.SHUT_RDWR)
         self._channel.close()
 
     def _refused(self, answer: Message) -> NoReturn:
