@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,12 +38,17 @@ _SLICE_WORK = 50_000_000  # about 50 ms
 WORK_ALONE = 200_000  # launches of less are over before a helper thread has woken
 
 
+class TraceTooLong(ValueError):
+    """A launch's trace does not fit; the machine is usable again."""
+
+
 class Simulator(MachineBase):
     """A `Machine`. trace: keep every command's cycles; checking: fault on RACE, UNINITIALISED.
 
     threads: host threads. The cores of the chip are spread over them; the values of a single core
     are worked out on a second one. Neither values nor cycles depend on that. dram: the memory to
-    work on, as many bytes as the chip has; by default new memory.
+    work on, as many bytes as the chip has; by default new memory. trace_room: asked whether the
+    trace of a core may take so many bytes; if not, the launch ends with TraceTooLong.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Simulator(MachineBase):
         checking: bool = False,
         threads: int = 1,
         dram: NDArray[np.uint8] | None = None,
+        trace_room: Callable[[int], bool] | None = None,
     ):
         if threads < 1:
             raise ValueError(f"simulator: threads = {threads}: must be 1 or more; leave it out")
@@ -60,7 +67,10 @@ class Simulator(MachineBase):
         super().__init__(chip, _lazy_memory(chip.dram_bytes) if dram is None else dram, trace)
         self._checking = checking
         helped = threads > 1 and chip.cores == 1
-        self._cores = [_Core(chip, n, self.dram, checking, helped) for n in range(chip.cores)]
+        room = trace_room or (lambda nbytes: True)
+        self._cores = [
+            _Core(chip, number, self.dram, checking, helped, room) for number in range(chip.cores)
+        ]
         self._threads = min(threads, chip.cores)
         self._pool: ThreadPoolExecutor | None = None  # when it is first needed
         self._resident = ""
@@ -167,8 +177,16 @@ class Simulator(MachineBase):
 class _Core:
     """One core: its memories, which outlive launches, and the state that compiled code works on."""
 
-    def __init__(self, chip: Chip, number: int, dram: NDArray, checking: bool, helped: bool):
-        self.chip, self.number = chip, number
+    def __init__(
+        self,
+        chip: Chip,
+        number: int,
+        dram: NDArray,
+        checking: bool,
+        helped: bool,
+        trace_room: Callable[[int], bool],
+    ):
+        self.chip, self.number, self._trace_room = chip, number, trace_room
         self._tracing, self._checking = False, checking
         self.state = np.zeros(at.STATE_WORDS, np.int64)
         self.sram = _lazy_memory(chip.sram_bytes)
@@ -270,6 +288,12 @@ class _Core:
         if self._helper is not None:
             self._helper.merge()
         if self.reason == at.TRACE_FULL:
+            if not self._trace_room(2 * self._trace.nbytes):
+                rows, self._trace = len(self._trace), self._trace[:1].copy()
+                raise TraceTooLong(
+                    f"the trace of core {self.number} has {rows:,} commands, and there is no room "
+                    "for more; trace shorter launches, or fewer"
+                )
             self._trace = np.concatenate([self._trace, np.zeros_like(self._trace)])
         elif self.reason == at.LOG_FULL:
             room = np.zeros((max(len(self._log), 1 << 20), LOG_WORDS), np.int64)
