@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import pagoda
+from pagoda.pytorch import repeated
 
 P = "pagoda"
 
@@ -161,3 +164,77 @@ def test_control_flow_is_refused():
         "control flow in a graph (torch.cond, while_loop, scan) cannot be compiled for device "
         "pagoda. Compile the parts on their own."
     ) in str(raised.value)
+
+
+class _Convolved(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(1, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(self.norm(self.convolution(x)))
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(_Convolved(channels), _Convolved(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+def test_of_nested_classes_that_which_saves_most_is_lowered_once():
+    """Stages that differ are no use; three times two convolutions save more than three blocks."""
+    stages = nn.ModuleList(
+        nn.Sequential(*(_Bottleneck(channels) for _ in range(3))) for channels in (4, 8)
+    )
+    assert repeated._repeated(stages) == [_Bottleneck]
+    x, model = torch.randn(2, 8, 8, 8), stages[1]
+    with torch.no_grad():
+        found = pagoda.compile(copy.deepcopy(model).to("pagoda"))(x.to("pagoda"))
+        torch.testing.assert_close(found.cpu(), model(x), rtol=1e-4, atol=1e-4)
+
+
+class _Pyramid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [channels for channels in range(1, 11) for _ in range(2)]
+        self.levels = nn.ModuleList(_Convolved(channels) for channels in widths)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        widths = (level.norm.num_channels for level in self.levels)
+        return sum(
+            level(x[:, :width]).sum() for level, width in zip(self.levels, widths, strict=True)
+        )
+
+
+def test_layers_of_many_shapes():
+    """torch allows eight, unless told otherwise."""
+    model, x = _Pyramid(), torch.randn(1, 10, 4, 4)
+    assert repeated._repeated(model) == [_Convolved]
+    with torch.no_grad():
+        found = pagoda.compile(copy.deepcopy(model).to("pagoda"))(x.to("pagoda"))
+        torch.testing.assert_close(found.cpu(), model(x), rtol=1e-4, atol=1e-4)
+
+
+class _Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.norm(x))
+
+
+def test_layers_with_running_statistics():
+    """torch refuses them in a nested region as soon as they are trained."""
+    here = nn.Sequential(*(_Normed() for _ in range(3)))
+    there, x = copy.deepcopy(here).to("pagoda"), torch.randn(16, 8)
+    for model, given in ((here, x), (pagoda.compile(there), x.to("pagoda"))):
+        model(given).square().sum().backward()
+    for name, found in there.state_dict().items():
+        torch.testing.assert_close(found.cpu(), here.state_dict()[name], rtol=1e-4, atol=1e-5)
+    for mine, other in zip(there.parameters(), here.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.cpu(), other.grad, rtol=1e-3, atol=1e-3)

@@ -10,6 +10,10 @@ from torch import nn
 
 from pagoda.pytorch.device import NAME
 
+# In how many shapes and settings a class of layers may occur; torch's limit of 8 is an error, and a
+# ResNet-50 of convolution, norm and activation as one class has 17.
+_MOST_KINDS = 1024
+
 _marked: set[type[nn.Module]] = set()
 
 
@@ -18,7 +22,9 @@ def compile(model: nn.Module, **options: Any) -> Any:
 
     The classes of layers that the model repeats (modules made of others, several of one class in an
     `nn.ModuleList` or `nn.Sequential`) are marked with `torch.compiler.nested_compile_region`: so
-    a model of thirty equal layers is traced and lowered about as fast as one of two. The mark
+    a model of thirty equal layers is traced and lowered about as fast as one of two. Where such
+    layers are made of such layers, only one of the two classes is marked; layers with batch norms
+    are not, for in training they change their statistics. The mark
     changes nothing outside of torch.compile; torch's own classes are left alone. Raises ValueError
     for `dynamic=True`, which fails in torch 2.13 where layers are repeated.
     """
@@ -31,14 +37,46 @@ def compile(model: nn.Module, **options: Any) -> Any:
     for layer in _repeated(model):
         if layer not in _marked:
             _marked.add(layer)
-            layer.forward = torch.compiler.nested_compile_region(layer.forward)
+            layer.forward = torch.compiler.nested_compile_region(
+                layer.forward, max_reuse_entries=_MOST_KINDS
+            )
     return torch.compile(model, backend=NAME, **options)
 
 
 def _repeated(model: nn.Module) -> list[type[nn.Module]]:
-    found: dict[type[nn.Module], None] = {}
+    """The classes to mark. None of them contains another one, for torch decomposes no operations
+    in a nested region of a nested region: of such classes that which saves most is taken."""
+    found: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             counts = Counter(type(child) for child in module if list(child.children()))
-            found |= {kind: None for kind, count in counts.items() if count > 1}
-    return [kind for kind in found if not kind.__module__.startswith("torch.nn.")]
+            for child in module:
+                kind = type(child)
+                own = not kind.__module__.startswith("torch.nn.")
+                if counts[kind] > 1 and own and not _keeps_statistics(child):
+                    found.setdefault(kind, []).append(child)
+    inside = {kind: {type(part) for layer in layers for part in layer.modules()}
+              for kind, layers in found.items()}  # fmt: skip
+    chosen: list[type[nn.Module]] = []
+    for kind in sorted(found, key=lambda kind: -_saved(found[kind])):
+        if not any(kind in inside[other] or other in inside[kind] for other in chosen):
+            chosen.append(kind)
+    return chosen
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    """Whether training changes buffers of the layer, which torch refuses in nested regions."""
+    return any(
+        isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
+        for part in layer.modules()
+    )
+
+
+def _saved(layers: list[nn.Module]) -> int:
+    """How many modules need no lowering if equal ones of these layers share theirs."""
+    kinds = {
+        (repr(layer), tuple((name, t.shape, t.dtype) for name, t in layer.state_dict().items())):
+        len(list(layer.modules()))
+        for layer in layers
+    }  # fmt: skip
+    return sum(len(list(layer.modules())) for layer in layers) - sum(kinds.values())
