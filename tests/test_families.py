@@ -149,10 +149,10 @@ def test_eager_training(name):
     check_training(name, as_it_is)
 
 
-def check_training(name, compiling, loss_bound=1e-5):
+def check_training(name, compiling):
     expected = Trained(name)
     trained = Trained(name, P, compiling=compiling)
-    assert error(trained.loss, expected.loss) < loss_bound
+    assert error(trained.loss, expected.loss) < 1e-5
     errors = gradient_errors(trained, expected)
     assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
     check_update(trained, 1e-5)
@@ -161,11 +161,18 @@ def check_training(name, compiling, loss_bound=1e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", model_families.FULL_SIZE)
 def test_full_size(name):
-    """Inference, and a training step."""
+    """Inference, and a training step. Of ten million activations some are so near the kink of a
+    ReLU that float32 cannot tell the side, and each such one changes gradients by percents: so
+    float64 is the judge, and torch's own float32 the measure."""
     (expected,) = infer(name, as_it_is, place="cpu")
     (found,) = infer(name, pagoda.compile)
     assert error(found, expected) < 1e-5
-    check_training(name, pagoda.compile, 1e-4)  # its loss is a sum of millions
+    exact, theirs = Trained(name, dtype=torch.float64), Trained(name)
+    ours = Trained(name, P, compiling=pagoda.compile)
+    assert error(ours.loss, exact.loss.float()) < 1e-4  # it is a sum of millions
+    distance = gradient_distance(theirs, exact)
+    assert gradient_distance(ours, exact) < max(2 * distance, 1e-4)
+    check_update(ours, 1e-5)
 
 
 @pytest.mark.parametrize("name", families("t5"))
