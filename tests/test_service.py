@@ -313,6 +313,7 @@ def test_interrupts_at_any_moment_tear_nothing(device):
             except KeyboardInterrupt:
                 struck += 1
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert struck > 10
     assert multiply(device)[0] == expected

@@ -123,7 +123,8 @@ class Connection:
 
     def _catch_up(self) -> None:
         """Skip what is on its way, of which an unknown part has been read and dropped: ask
-        something and read to the end of its answer, the last thing that will come."""
+        something and read to the end of its answer, the last thing that will come. A second Ctrl-C
+        ends the wait for it; the next request then catches up."""
         self._number = (self._number + 1) & 0xFFFFFFFF
         body = pack(Type.DONE)
         last = HEADER.pack(MAGIC, VERSION, Type.DONE, len(body), self._number) + body
@@ -134,9 +135,6 @@ class Connection:
             self._channel.skip_to(last)
         except (OSError, ProtocolError) as error:
             self._give_up("an interrupted request", f" ({error})")
-        except BaseException:  # a second Ctrl-C does not wait
-            self._break("an interrupted launch was given up; open the device again")
-            raise
         self._torn = False
 
     def try_ask(self, kind: Type, **fields: Any) -> bool:
