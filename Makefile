@@ -4,6 +4,7 @@
 #   make models                            trained models for the tests of test-full
 #   make setup-chip                        what simulating and synthesising the RTL need (Debian)
 #   make test-chip-full                    every test of the RTL, the long ones too
+#   make test-isolation                    a million hostile programs (PAGODA_FUZZ_PROGRAMS)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ SYNTHESIS := $(VENV)/.pagoda-synthesis
 CHIP_PACKAGES := g++ graywolf opensta qflow qflow-tech-osu018 qrouter yosys
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: setup setup-chip weights models chat test test-full test-chip-full lint bench
+.PHONY: setup setup-chip weights models chat test test-full test-chip-full test-isolation lint bench
 setup: $(INSTALLED)
 weights: $(WEIGHTS)
 models: $(MODELS)
@@ -72,6 +73,9 @@ test-full: $(WEIGHTS) $(MODELS) $(RTL)
 
 test-chip-full: $(WEIGHTS) $(SYNTHESIS)
 	$(VENV)/bin/python -m pytest -m "" tests/test_chip_*.py
+
+test-isolation: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m slow tests/test_isolation.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

@@ -1,4 +1,5 @@
-"""Tiny configurations of the mainstream families of networks, each with inputs, for tests.
+"""Tiny configurations of the mainstream families of networks, each with inputs, for tests; and two
+of full size.
 
 `make(name)` gives the same weights and inputs every time. Dropout is off: torch on the CPU, which
 judges, draws other numbers. Layers are repeated where what connects them matters.
@@ -21,7 +22,7 @@ Sample = tuple[nn.Module, list[torch.Tensor]]
 def make(name: str) -> Sample:
     """A model, in training mode, and its inputs, on the CPU in float32."""
     torch.manual_seed(0)
-    model, inputs = FAMILIES[name]()
+    model, inputs = (FAMILIES | FULL_SIZE)[name]()
     return model.train(), inputs
 
 
@@ -272,3 +273,22 @@ FAMILIES: dict[str, Callable[[], Sample]] = {
         mobilenet, unet,
     )
 }  # fmt: skip
+
+
+def resnet50() -> Sample:
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
+    return _Logits(model, "pixel_values"), [torch.randn(4, 3, 224, 224)]
+
+
+def bert_base() -> Sample:
+    config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    seen = torch.ones(2, 128, dtype=torch.int64)
+    seen[1, 100:] = 0
+    tokens = torch.randint(1000, config.vocab_size, (2, 128))
+    model = transformers.BertForMaskedLM(config)
+    return _Logits(model, "input_ids", "attention_mask"), [tokens, seen]
+
+
+FULL_SIZE: dict[str, Callable[[], Sample]] = {
+    made.__name__: made for made in (resnet50, bert_base)
+}

@@ -149,13 +149,23 @@ def test_eager_training(name):
     check_training(name, as_it_is)
 
 
-def check_training(name, compiling):
+def check_training(name, compiling, loss_bound=1e-5):
     expected = Trained(name)
     trained = Trained(name, P, compiling=compiling)
-    assert error(trained.loss, expected.loss) < 1e-5
+    assert error(trained.loss, expected.loss) < loss_bound
     errors = gradient_errors(trained, expected)
     assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
     check_update(trained, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", model_families.FULL_SIZE)
+def test_full_size(name):
+    """Inference, and a training step."""
+    (expected,) = infer(name, as_it_is, place="cpu")
+    (found,) = infer(name, pagoda.compile)
+    assert error(found, expected) < 1e-5
+    check_training(name, pagoda.compile, 1e-4)  # its loss is a sum of millions
 
 
 @pytest.mark.parametrize("name", families("t5"))

@@ -25,6 +25,7 @@ from service_support import (
 )
 
 from pagoda.isa import ChipError, FaultKind, Program, Slot, load_chip
+from pagoda.isa.numbers import DType
 from pagoda.runtime import (
     Device,
     DeviceFault,
@@ -393,6 +394,33 @@ def test_a_closed_device_is_free_though_a_child_holds_its_socket(path, share):
     with pytest.raises(DeviceLost, match="the device was closed; open it again"):
         opened.launch(EXIT)
     opened.memory.free(address)
+
+
+def test_a_fault_tells_what_the_engines_were_at(device):
+    assembler = Assembler()
+    line = dict(mem=DType.F32, local=DType.F32, offset=0, rows=1, planes=1, mem_row_stride=0,
+                row_stride=0, cols=512)  # fmt: skip
+    assembler.command("load", slot=0, address=0, **line)
+    assembler.command("store", slot=0, address=0, **line)  # waits for the load
+    assembler.command("load", slot=1, address=4096, **line)  # there is no slot 1
+    program = assembler.program("faulty")
+    raised = []
+    for each in (device, Device(TINY)):
+        address = each.memory.allocate(4096)
+        with pytest.raises(DeviceFault) as error:
+            each.launch(program, slots=(Slot(address, 4096),))
+        raised.append(error.value)
+    ours, theirs = raised
+    assert ours.in_flight == theirs.in_flight
+    assert [(each.command, each.engine) for each in ours.in_flight] == [("load", 0), ("store", 1)]
+    load, store = ours.in_flight
+    (note,) = ours.__notes__
+    assert note == (
+        f"engines at cycle {ours.fault.cycle}:\n"
+        f"  core 0 load   load (command 0, pc {load.pc:#x}): entered {load.entry}, started "
+        f"{load.start}, until {load.finish}\n"
+        f"  core 0 store  store (command 1, pc {store.pc:#x}): entered {store.entry}, waits"
+    )
 
 
 def test_stopping_tells_what_runs(tmp_path, share):

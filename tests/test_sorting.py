@@ -57,10 +57,13 @@ def test_the_method(kind, count, length, descending, k):
     check(sorting.topk(x, k, -1, descending), x, descending, k)
 
 
-@pytest.mark.parametrize("chip", ["tiny", "edge"])
-def test_long_rows(chip):
+@pytest.mark.parametrize(
+    ("chip", "shape"), [("tiny", (2, 2500)), ("edge", (2, 2500)), ("edge", (3, 2600))]
+)
+def test_long_rows(chip, shape):
+    """The last are more and longer rows than before."""
     pagoda.use_chip(chip)
-    x = rows("numbers", 2, 2500)
+    x = rows("numbers", *shape)
     check(x.to(P).sort(stable=True), x, False)
     check(x.to(P).topk(50), x, True, 50)
 

@@ -18,9 +18,9 @@ aten = torch.ops.aten
 def require_one_device(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Raises RuntimeError if the model or one of its inputs is on the CPU."""
     places = [_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    named = [*zip(places, example_inputs, strict=False)]
-    named += [*gm.named_parameters(), *gm.named_buffers()]
-    tensors = {n: t for n, t in named if isinstance(t, torch.Tensor) and t.dim()}
+    named = dict(zip(places, example_inputs, strict=False))
+    named |= {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+    tensors = {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.dim()}
     on_cpu = [name for name, tensor in tensors.items() if tensor.device.type == "cpu"]
     if not on_cpu:
         return

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from pagoda.pytorch import composed, device, guards, mixing
 from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.grouped import grouped_mm
 from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
 
@@ -498,8 +499,11 @@ def _register() -> None:
         rest = ([grad.shape[1]], stride, padding, dilation, transposed, extra, groups, mask)
         return run(aten.convolution_backward.default, (grad, x, weight, *rest), {})
 
-    def grouped(*args, **kwargs):  # torch's own would read the groups' ends on the host
-        return run(aten._grouped_mm.default, args, kwargs)
+    def grouped(*args, **kwargs):
+        # torch's own would read the groups' ends on the host, and its rule for the result's shape
+        # is that of CUDA's kernel: bfloat16 only.
+        result = grouped_mm(*args, **kwargs)
+        return run(aten._grouped_mm.default, args, kwargs) if result is NotImplemented else result
 
     disabled = torch._disable_dynamo
     _library.impl("_grouped_mm", disabled(grouped), "PrivateUse1")

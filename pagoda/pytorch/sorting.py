@@ -6,6 +6,7 @@ positions. Rows as long as a vocabulary are sorted in blocks, which `long_sortin
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,14 +51,15 @@ def _first(row: torch.Tensor, count: Any, descending: bool) -> torch.Tensor:
 
 
 def _first_of_long(row: torch.Tensor, count: int, descending: bool) -> torch.Tensor:
-    """As `_first`."""
+    """As `_first`, compiled for one size."""
+    *several, length = map(int, row.shape)
     keys = _keys(row) if row.is_floating_point() else row.int()
-    keys = in_memory((~keys if descending else keys).reshape(-1, row.shape[-1]))
+    keys = in_memory((~keys if descending else keys).reshape(math.prod(several), length))
     if count <= _FEW:
         first = long_sorting.best(keys, count, lambda k, n: _first(k, n, False), LIMIT)
     else:
         first = long_sorting.order(keys, lambda k: _ranks(k, False))[:, :count]
-    return first.long().view(*row.shape[:-1], count)
+    return first.long().view(*several, count)
 
 
 def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:

@@ -35,16 +35,16 @@ assert set(RV32.rows) == {*_CODES, _AUIPC}
 
 def predecode(code: bytes, imem_bytes: int) -> NDArray[np.int64]:
     """The instructions of an IMEM image, (imem_bytes / 4,); words beyond the image are 0."""
-    words = np.zeros(imem_bytes // 4, np.int64)
-    words[: len(code) // 4] = np.frombuffer(code, "<u4")
-    decoded = np.full(len(words), ILLEGAL, np.int64)
+    words = np.frombuffer(code, "<u4").astype(np.int64)
+    everything = np.full(imem_bytes // 4, ILLEGAL, np.int64)
+    decoded = everything[: len(words)]
     # The word itself stands where the immediate would, for the fault's text.
     decoded |= words << 32
     for row in RV32.rows.values():
         found = np.nonzero(words & row.mask == row.match)[0]
         if len(found):
             decoded[found] = _decode_row(row, words[found], 4 * found)
-    return decoded
+    return everything
 
 
 def _decode_row(row: Row, words: NDArray, addresses: NDArray) -> NDArray[np.int64]:

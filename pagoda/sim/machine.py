@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 
 from pagoda.isa import timing
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
+from pagoda.isa.commands import COMMANDS
 from pagoda.isa.fault import Fault, FaultKind
-from pagoda.isa.machine import TRACE_DTYPE, Counters, Interrupted, MachineBase, Result
+from pagoda.isa.machine import (
+    TRACE_DTYPE,
+    Counters,
+    InFlight,
+    Interrupted,
+    MachineBase,
+    Result,
+)
 from pagoda.isa.program import Launch
 from pagoda.sim import layout as at
 from pagoda.sim.checking import LOG_WORDS
@@ -30,6 +38,7 @@ from pagoda.sim.matmul import SCRATCH_BYTES
 from pagoda.sim.races import find_race
 from pagoda.sim.values import JOB_WORDS
 
+_COMMAND_NAMES = {command.bank: name for name, command in COMMANDS.items()}
 _FIRST_TRACE_ROWS = 1 << 12
 _FIRST_LOG_ROWS = 1 << 12
 _DMEM_BASE = 0x1000_0000
@@ -112,7 +121,11 @@ class Simulator(MachineBase):
         cycles = fault.cycle if stopped else max(core.cycle for core in self._cores)
         counters = sum((core.counters() for core in self._cores), Counters())
         trace = np.concatenate([c.trace_rows() for c in self._cores]) if self.tracing else None
-        return Result(cycles, fault, counters, trace)
+        in_flight: list[InFlight] = []
+        if stopped:
+            for core in self._cores:
+                in_flight += core.in_flight(cycles)
+        return Result(cycles, fault, counters, trace, tuple(in_flight))
 
     def _run_epochs(self) -> Fault | None:
         """Run all cores from barrier to barrier; the launch's fault, if any."""
@@ -322,6 +335,21 @@ class _Core:
         )
         text = detail(code, value, value_2)
         return Fault(FaultKind(kind), self.number, pc, cycle, command, slot, offset, text)
+
+    def in_flight(self, cycle: int) -> list[InFlight]:
+        """The window's commands that had not finished by then, oldest first; after `settle`."""
+        found = []
+        for number in self.state[at.ORDER : at.ORDER + self.state[at.IN_FLIGHT]].tolist():
+            first = at.ENTRIES + at.ENTRY_WORDS * number
+            entry = self.state[first : first + at.ENTRY_WORDS].tolist()
+            start, finish = entry[at.E_START], entry[at.E_FINISH]
+            if finish <= cycle:
+                continue
+            what = (self.number, entry[at.E_INDEX], _COMMAND_NAMES[entry[at.E_BANK]],
+                    entry[at.E_ENGINE], entry[at.E_PC], entry[at.E_ENTRY])  # fmt: skip
+            times = (start, finish) if start <= cycle else (-1, -1)
+            found.append(InFlight(*what, *times))
+        return found
 
     def overflow(self) -> Fault:
         pc, command = (int(self.state[i]) for i in (at.OVERFLOW_PC, at.OVERFLOW_COMMAND))

@@ -86,8 +86,10 @@ def execute(st, bank, sram, acc, scratch):
     elif bank == 4:
         run_scatter(st, bank)
     elif bank == 5:
+        address = st[_MATMUL + ACC]
         st[_MATMUL + ACC] &= 0x7FFFFFFF  # bit 31 of the address means nothing
         run_matmul(sram, acc, st[_MATMUL : _MATMUL + 16], scratch)
+        st[_MATMUL + ACC] = address
     elif bank == 6:
         run_vector(st)
     elif bank == 7:

@@ -153,13 +153,13 @@ class Service:
         for client in self._snapshot():
             if client.context is not None:
                 client.context.lose(Refused("lost", text))
+        self._watch.stop()  # or it would take what follows for clients that went away
         deadline = time.monotonic() + 1.0
         while self._snapshot() and time.monotonic() < deadline:
             for client in self._snapshot():
                 with contextlib.suppress(OSError):
                     client.channel.socket.shutdown(socket.SHUT_RD)
             time.sleep(0.01)
-        self._watch.stop()
         self._file_lock.release()
         log.info("stopped")
 

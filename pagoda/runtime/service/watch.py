@@ -91,7 +91,7 @@ class Watch:
     def _happened(self, fd: int) -> None:
         with self._lock:  # held, so that nobody closes the descriptors meanwhile
             client, what = self._events.get(fd, (None, ""))
-            if client is None or client.context is None:
+            if self._over or client is None or client.context is None:
                 return
             if what == "interrupt":
                 client.context.interrupt()
