@@ -29,7 +29,7 @@ ENDLESS = Program("endless", (0x0000006F).to_bytes(4, "little") * 4)  # jal x0, 
 ILLEGAL = Program("illegal", bytes(16))
 
 
-def eventually(what, seconds: float = 20.0):
+def eventually(what, seconds: float = 60.0):
     """The first true value of `what()`; fails if there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

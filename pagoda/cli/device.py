@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -111,12 +112,16 @@ def _start_apart(path: Path, words: list[str]) -> None:
             start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                Connection(path).close()
-                return
-            except NotRunning:
-                time.sleep(_POLL_SECONDS)
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                try:
+                    Connection(path).close()
+                    return
+                except NotRunning:
+                    time.sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
         if process.poll() is None:
             process.kill()
             raise ServiceError(
@@ -156,12 +161,13 @@ def _serve(path: Path, chip: str, config: Path | None, log: Path | None, mode: i
     handler = logging.StreamHandler() if log is None else _LogFile(log, problems)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    service = Service(
-        load_chip(chip), path, limits=load_limits(config), mode=mode, problems=problems
-    )
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a context takes five descriptors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    found, limits = load_chip(chip), load_limits(config)
+    run_nothing(Device(found))  # compiles the simulator, if it must be; nobody waits for it yet
+    service = Service(found, path, limits=limits, mode=mode, problems=problems)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
-    run_nothing(Device(service.chip))  # compiles the simulator, if it must be
     service.run()
     with contextlib.suppress(OSError):  # the disk is still full
         handler.close()

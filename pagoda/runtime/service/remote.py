@@ -37,6 +37,7 @@ from pagoda.runtime.service.protocol import (
 from pagoda.runtime.service.shared_memory import map_shared
 
 _MAX_PROGRAMS = 1024  # known by number; each is kept alive
+_SENT_AT_ONCE = 1 << 14  # bytes that a socket takes whole, or not at all
 _ANSWER_SECONDS = 10.0  # until a living service has greeted
 
 
@@ -66,6 +67,8 @@ class Connection:
         self._number = 0
         self._process = os.getpid()
         self._broken = ""  # why nothing more can be asked
+        # Of the last request: an exception came before its answer had, or before it was sent.
+        self._torn = self._cut = False
         hello = dict(
             contract=CONTRACT_VERSION, pagoda=__version__, name=(name or _program_name())[:200]
         )
@@ -81,6 +84,12 @@ class Connection:
                 )
             self.pid: int = welcome["pid"]
             self.chip = unpack_chip(welcome["chip"])
+        except TimeoutError:
+            self.close()
+            raise ServiceError(
+                f"device service on {path}: it has not answered for {_ANSWER_SECONDS:.0f} s; "
+                "end it and start it again"
+            ) from None
         except (DeviceLost, ProtocolError) as error:
             self.close()
             why = error.__context__ or "the connection ended"
@@ -106,27 +115,27 @@ class Connection:
         with self._lock:
             try:
                 return self._exchange(Type.LAUNCH, body, what, traced)
-            except Exception:
-                raise
             except BaseException:
-                os.eventfd_write(interrupt, 1)
-                self._catch_up()
+                if self._torn and not self._broken:
+                    os.eventfd_write(interrupt, 1)
+                    self._catch_up()
                 raise
 
     def _catch_up(self) -> None:
         """Skip what is on its way, of which an unknown part has been read and dropped: ask
-        something and read to the end of its answer, the last thing that will come."""
+        something and read to the end of its answer, the last thing that will come. A second Ctrl-C
+        ends the wait for it; the next request then catches up."""
         self._number = (self._number + 1) & 0xFFFFFFFF
         body = pack(Type.DONE)
         last = HEADER.pack(MAGIC, VERSION, Type.DONE, len(body), self._number) + body
         try:
+            if self._cut:
+                raise ProtocolError("it was cut off while it was sent")
             self._channel.send(Type.RESUME, self._number, pack(Type.RESUME))
             self._channel.skip_to(last)
         except (OSError, ProtocolError) as error:
-            self._give_up("an interrupted launch", f" ({error})")
-        except BaseException:  # a second Ctrl-C does not wait
-            self._break("an interrupted launch was given up; open the device again")
-            raise
+            self._give_up("an interrupted request", f" ({error})")
+        self._torn = False
 
     def try_ask(self, kind: Type, **fields: Any) -> bool:
         """As `ask`, unless the connection is in use or broken: then False. For finalizers, which
@@ -149,11 +158,16 @@ class Connection:
             )
         if self._broken:
             raise DeviceLost(self._broken)
+        if self._torn:
+            self._catch_up()
         self._number = number = (self._number + 1) & 0xFFFFFFFF
+        self._torn, self._cut = True, len(body) > _SENT_AT_ONCE
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have told why before it went
                 self._channel.send(kind, number, body)
+            self._cut = False
             answer = self._channel.receive(descriptors)
+            self._torn = False
         except OtherVersion as other:
             self._break(
                 f"the device service on {self.path} speaks protocol version {other.found}, this "
@@ -162,6 +176,8 @@ class Connection:
             )
             raise ServiceError(self._broken) from None
         except (OSError, ProtocolError) as error:
+            if isinstance(error, OSError) and error.errno is None:
+                raise  # not the socket's: time is over, or a signal's handler has raised it
             self._give_up(what, f" ({error})")
         if answer is None:
             self._give_up(what)
@@ -264,7 +280,8 @@ class RemoteMachine(MachineBase):
     def start(self, launch: Launch) -> None:
         """See `MachineBase.start`. A program is checked when it is first sent; what else a launch
         says is checked by the service."""
-        if self._launch is None and id(launch.program) in self._numbers:
+        self._launch = None  # one that was accepted and, by a Ctrl-C, never begun
+        if id(launch.program) in self._numbers:
             self._launch = launch
         else:
             super().start(launch)

@@ -46,7 +46,8 @@ from pagoda.runtime.service.protocol import (
 from pagoda.runtime.service.watch import Client, Watch
 from pagoda.sim import Simulator
 
-MAX_CONNECTIONS = 512
+MAX_CONTEXTS = 512
+_MAX_CONNECTIONS = 2 * MAX_CONTEXTS  # each is a thread
 _GREETING_SECONDS = 10.0
 _PART_OF_HOST = 8  # one part in so many, for the trace of one launch
 _SLACK_BYTES = 1 << 20  # of memory touched outside of grants: nobody is ended for a page
@@ -126,6 +127,9 @@ class Service:
                         break
                     log.error("accept: %s", error)
                     time.sleep(0.1)  # out of descriptors: some client will end
+                    continue
+                if len(self._snapshot()) >= _MAX_CONNECTIONS:
+                    connected.close()
                     continue
                 serve = threading.Thread(
                     target=self._serve, args=(connected,), name="pagoda client", daemon=True
@@ -283,14 +287,6 @@ class Service:
                 f"the device service on {self.path} belongs to user {_user_name(os.geteuid())}, "
                 f"and {client.peer.user} may not use it; have it started with --mode 0660",
             )
-        with self._lock:
-            crowded = len(self._clients) > MAX_CONNECTIONS
-        if crowded:
-            raise Refused(
-                "crowded",
-                f"the device service on {self.path} has {MAX_CONNECTIONS} connections, and takes "
-                "no more; try again when others have ended",
-            )
         client.channel.socket.settimeout(None)
         client.name = "".join(c if c.isprintable() else "?" for c in fields["name"])
         client.greeted = True
@@ -300,6 +296,12 @@ class Service:
     def _open(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         if client.context is not None:
             raise ProtocolError("OPEN: the connection has a context already")
+        if sum(other.context is not None for other in self._snapshot()) >= MAX_CONTEXTS:
+            raise Refused(
+                "crowded",
+                f"the device service on {self.path} has {MAX_CONTEXTS} programs, and takes no "
+                "more; try again when others have ended",
+            )
         allowed = self._limits.of(client.peer.uid)
         weight = fields["time_share"] or min(1.0, allowed.weight)
         for name, value, most in (
