@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pagoda.isa import rv32
 from pagoda.isa.chip import Chip
 from pagoda.isa.commands import ACC_BIT, COMMANDS, CONTROL, disassemble, encode
-from pagoda.isa.functions import FMA, FMUL, SELECT, VECTOR_FUNCTIONS
+from pagoda.isa.functions import FADDQ, FMA, FMUL, I2FMUL, SELECT, VECTOR_FUNCTIONS
 from pagoda.isa.memory_map import COMMAND_PORT, CORE_ID, SRAM
 from pagoda.isa.numbers import DType
 from pagoda.isa.program import Launch, Program, Slot
@@ -274,12 +274,15 @@ class _Chooser:
 
     def vector(self, name: str) -> dict[str, int]:
         codes = sorted(set(VECTOR_FUNCTIONS) - {FMA, SELECT})
-        f = {"f1": self.draw(st.sampled_from(codes)), "f2": self.pick(0, *codes)}
-        special = self.pick(0, 0, 0, 1, 2)
+        first, second = (sorted(set(codes) - {never}) for never in (FADDQ, I2FMUL))
+        f = {"f1": self.draw(st.sampled_from(first)), "f2": self.pick(0, *second)}
+        special = self.pick(None, None, None, (FMUL, FMA), (SELECT, SELECT), (I2FMUL, FADDQ))
         if special:
-            f["f1"], f["f2"] = (FMUL, FMA) if special == 1 else (SELECT, SELECT)
+            f["f1"], f["f2"] = special
         if self.rarely():
-            f["f2"] = self.pick(15, 31, 50, FMA, SELECT, 255)
+            f["f2"] = self.pick(15, 31, 50, FMA, SELECT, I2FMUL, 255)
+        if self.rarely():
+            f["f1"] = self.pick(FMA, FADDQ)
         f["rows"], f["cols"] = self.rows(), self.cols()
         for operand in "abc":
             dtype = DType(self.pick(*LOCAL_DTYPES))

@@ -22,7 +22,15 @@ from pagoda.isa.checks import LOCAL_DTYPES, LOCAL_FLOATS, LOCAL_INTS, check
 from pagoda.isa.chip import KIB, PRESETS, Chip
 from pagoda.isa.commands import ACC_BIT, COLUMN, COMMANDS, SCALAR, TILE, decode, disassemble, encode
 from pagoda.isa.fault import FaultRaised
-from pagoda.isa.functions import FMA, FMUL, FUNCTION_CODES, SELECT, VECTOR_FUNCTIONS
+from pagoda.isa.functions import (
+    FADDQ,
+    FMA,
+    FMUL,
+    FUNCTION_CODES,
+    I2FMUL,
+    SELECT,
+    VECTOR_FUNCTIONS,
+)
 from pagoda.isa.meaning import MEANINGS
 from pagoda.isa.numbers import DType
 from pagoda.isa.timing import Duration
@@ -131,7 +139,9 @@ class Generator:
             f1, f2 = FMUL, FMA
         if FMA in (f1, f2) and (f1, f2) != (FMUL, FMA):
             f2 = f1 = FUNCTION_CODES["mov"]
-        if (f1 == SELECT) != (f2 == SELECT):
+        if random.random() < 0.1 and FADDQ in self.functions:
+            f1, f2 = I2FMUL, FADDQ
+        if (f1 == SELECT) != (f2 == SELECT) or f1 == FADDQ or f2 == I2FMUL:
             f1 = f2 = FUNCTION_CODES["iadd"]
         rows, cols = self._extent(6), self._extent(3 * self.chip.lanes + 5)
         fields = dict(f1=f1, f2=f2, rows=rows, cols=cols)

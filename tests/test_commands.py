@@ -120,6 +120,8 @@ REFUSALS = [
     ("vector", {"f1": 15}, "BAD_FIELD"),
     ("vector", {"f2": 56}, "BAD_FIELD"),
     ("vector", {"f2": 57}, "BAD_FIELD"),
+    ("vector", {"f2": 58}, "BAD_FIELD"),
+    ("vector", {"f1": 59}, "BAD_FIELD"),
     ("vector", {"b_kind": 3}, "BAD_FIELD"),
     ("vector", {"dst_dtype": 4}, "BAD_FIELD"),
     ("reduce", {"op": 6}, "BAD_FIELD"),

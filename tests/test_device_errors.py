@@ -78,6 +78,29 @@ def test_inputs_of_a_model_on_the_cpu(module, text):
     assert works()
 
 
+class Shared(nn.Module):
+    """What two devices may share in torch, but not in one graph: copies from one to the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.kept = nn.Linear(3, 3), torch.zeros(2, 3)
+
+    def forward(self, x, given):
+        return self.norm(x).copy_(given["mask"]) + x.clone().copy_(self.kept)
+
+
+def test_which_tensors_of_a_compiled_model_are_on_the_cpu():
+    model = Shared().to(P)
+    with pytest.raises(Exception) as raised:
+        torch.compile(model, backend=P)(X.to(P), {"mask": C})
+    assert (
+        'torch.compile(..., backend="pagoda") compiles for device "pagoda", but these tensors are '
+        "on the CPU: given['mask'] of shape (2, 3), self.kept of shape (2, 3). Move them with "
+        '.to("pagoda").\n'
+    ) in str(raised.value)
+    assert works()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_numbers_on_the_cpu(compiled):
     """As in torch, they mix with what is on the device, first or last, given or made."""

@@ -90,3 +90,22 @@ def test_only_rows_of_a_group_are_multiplied(dtype):
         assert (found.cpu() - expected).abs().max() <= bound * largest
     products = 1 if dtype == torch.bfloat16 else 6
     assert opened.counters.macs - before == 3 * 48 * 32 * 64 * products
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_torchs_own_function(dtype):
+    """Eager and with gradients; torch's CUDA takes bfloat16 only."""
+    pagoda.use_chip("edge")
+    torch.manual_seed(0)
+    a, b = torch.randn(48, 32).to(dtype), torch.randn(4, 32, 64).to(dtype)
+    ends = torch.tensor([16, 16, 40, 48], dtype=torch.int32)
+    torch.set_float32_matmul_precision("highest")
+
+    x, w = (t.to("pagoda").requires_grad_() for t in (a, b))
+    y = torch.nn.functional.grouped_mm(x, w, offs=ends.to("pagoda"))
+    y.float().square().sum().backward()
+    groups = ((0, 16), (16, 16), (16, 40), (40, 48))
+    wanted = torch.cat([a[i:j].float() @ b[g].float() for g, (i, j) in enumerate(groups)])
+    bound = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    assert (y.detach().cpu().float() - wanted).abs().max() <= bound * wanted.abs().max()
+    assert x.grad.shape == a.shape and bool(torch.isfinite(w.grad).all())

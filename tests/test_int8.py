@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pagoda
+from pagoda.isa.commands import COMMANDS
 from pagoda.pytorch import device
-from pagoda.pytorch.int8 import bias_for
+from pagoda.pytorch.int8 import offset_for
 
 INT8 = torch.int8
 ops = torch.ops.pagoda
@@ -41,12 +42,13 @@ def random(*shape, seed=0):
     return torch.randint(-128, 128, shape, dtype=INT8, generator=generator)
 
 
-def finished(acc, scale, bias, dtype, zero_point, low, high):
+def finished(acc, scale, offset, dtype, low, high):
     """The formula of the module, channels last."""
-    v = (acc + (0 if bias is None else bias)).to(torch.int32).to(torch.float32) * scale
+    v = acc.to(torch.int32).to(torch.float32) * scale
+    v = v if offset is None else v + offset
     if dtype != INT8:
         return v.to(dtype)
-    return torch.clamp(torch.round(v) + zero_point, low, high).to(INT8)
+    return torch.clamp(torch.round(v), low, high).to(INT8)
 
 
 def on_device(*tensors):
@@ -58,32 +60,32 @@ def test_convolution(chip, case):
     n, ci, co, groups, size, kernel, stride, padding, pad_value = case
     x, w = random(n, ci, size, size), random(co, ci // groups, kernel, kernel, seed=1)
     scale = torch.rand(co) * 1e-3
-    bias = torch.randint(-1000, 1000, (co,), dtype=torch.int32)
+    offset = torch.randint(-40, 40, (co,)) / 2
     wide = F.pad(x.double(), (padding,) * 4, value=pad_value)
     acc = F.conv2d(wide, w.double(), stride=stride, groups=groups).long().permute(0, 2, 3, 1)
     steps = [stride] * 2, [padding] * 2, [1, 1], groups, pad_value
-    for end in ((INT8, 3, 0, 127), (INT8, 0, -128, 127), (torch.bfloat16, 0, -128, 127)):
-        wanted = finished(acc, scale, bias, *end).permute(0, 3, 1, 2)
-        assert torch.equal(ops.convolution_int8(x, w, scale, bias, *steps, *end), wanted)
-        given = on_device(x, w, scale, bias)
+    for end in ((INT8, 0, 127), (INT8, -128, 127), (torch.bfloat16, -128, 127)):
+        wanted = finished(acc, scale, offset, *end).permute(0, 3, 1, 2)
+        assert torch.equal(ops.convolution_int8(x, w, scale, offset, *steps, *end), wanted)
+        given = on_device(x, w, scale, offset)
         assert torch.equal(ops.convolution_int8(*given, *steps, *end).cpu(), wanted)
 
 
 @given(
     rows=st.integers(1, 40), k=st.integers(1, 70), columns=st.integers(1, 40),
-    has_bias=st.booleans(), zero_point=st.integers(-128, 127), seed=st.integers(0, 9),
+    has_offset=st.booleans(), low=st.sampled_from((-128, -100, 0)), seed=st.integers(0, 9),
 )  # fmt: skip
 @settings(max_examples=8, deadline=None)
-def test_linear(rows, k, columns, has_bias, zero_point, seed):
+def test_linear(rows, k, columns, has_offset, low, seed):
     pagoda.use_chip("tiny")
     x, w = random(2, rows, k, seed=seed), random(columns, k, seed=seed + 1)
     scale = torch.rand(columns) * 2e-3
-    bias = torch.randint(-1000, 1000, (columns,), dtype=torch.int32) if has_bias else None
+    offset = torch.randint(-80, 80, (columns,)) / 2 if has_offset else None
     acc = (x.double() @ w.double().T).long()
-    end = INT8, zero_point, -100, 127
-    wanted = finished(acc, scale, bias, *end)
-    assert torch.equal(ops.linear_int8(x, w, scale, bias, *end), wanted)
-    assert torch.equal(ops.linear_int8(*on_device(x, w, scale, bias), *end).cpu(), wanted)
+    end = INT8, low, 127
+    wanted = finished(acc, scale, offset, *end)
+    assert torch.equal(ops.linear_int8(x, w, scale, offset, *end), wanted)
+    assert torch.equal(ops.linear_int8(*on_device(x, w, scale, offset), *end).cpu(), wanted)
 
 
 def test_saturates(chip):
@@ -113,16 +115,16 @@ def test_one_kernel_with_residual(chip):
 
 
 def test_zero_points():
-    """(x - z) w = x w + the bias for z; also at the edges, where the padding is z."""
+    """(x - z) w = x w + the offset for z; also at the edges, where the padding is z."""
     x, w = random(1, 4, 6, 6), random(5, 4, 3, 3, seed=1)
     real = F.conv2d(x.double() + 7, w.double(), padding=1).float()
-    bias = bias_for(w, None, torch.ones(5), -7)
+    offset = offset_for(w, torch.ones(5), None, -7)
     steps = [1, 1], [1, 1], [1, 1], 1, -7
-    found = ops.convolution_int8(x, w, torch.ones(5), bias, *steps, torch.float32)
+    found = ops.convolution_int8(x, w, torch.ones(5), offset.float(), *steps, torch.float32)
     assert torch.equal(found, real)
-    assert bias_for(w, None, torch.ones(5)) is None
-    bias = bias_for(w, torch.arange(5.0), torch.full((5,), 0.5))
-    assert bias.tolist() == [0, 2, 4, 6, 8] and bias.dtype == torch.int32
+    assert offset_for(w, torch.ones(5), None) is None
+    offset = offset_for(w, torch.full((5,), 0.5), torch.arange(5.0), 0, -128)
+    assert offset.tolist() == [-128, -127, -126, -125, -124] and offset.dtype == torch.float64
 
 
 def message(call) -> str:
@@ -145,7 +147,34 @@ def test_refuses():
         "linear_int8: dtype must be torch.int8, torch.float32 or torch.bfloat16, got "
         "torch.float64; convert the result afterwards"
     )
-    assert message(lambda: ops.linear_int8(x, w, scale, None, INT8, 0, 5, 4)) == (
+    assert message(lambda: ops.linear_int8(x, w, scale, None, INT8, 5, 4)) == (
         "linear_int8: the bounds must be -128 <= low <= high <= 127, got 5 and 4; leave them out "
         "for no activation"
     )
+
+
+def executed(call):
+    """The vector commands and the stores of what a call launches."""
+    there, found = device.state.executor.device, []
+    with there.tracing(), there.listening(found.append):
+        call()
+    banks = [bank for record in found for bank in record.result.trace["bank"].tolist()]
+    return tuple(banks.count(COMMANDS[name].bank) for name in ("vector", "store"))
+
+
+@pytest.mark.parametrize("dtype", [INT8, torch.float32, torch.bfloat16])
+def test_one_vector_command_per_output_tile(chip, dtype):
+    """Scale, offset, rounding and conversion of a tile of sums; each tile is stored once."""
+    x, w = random(300, 40), random(70, 40, seed=1)
+    offset = torch.linspace(-9, 9, 70)
+    given = on_device(x, w, torch.full((70,), 1e-2), offset)
+    vectors, stores = executed(lambda: ops.linear_int8(*given, dtype))
+    assert vectors == stores > 1
+    x, w = random(2, 16, 20, 20), random(70, 16, 3, 3, seed=1)
+    x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    given = on_device(x, w, torch.full((70,), 1e-2), offset)
+    steps = [1, 1], [1, 1], [1, 1], 1, 0
+    vectors, stores = executed(lambda: ops.convolution_int8(*given, *steps, dtype))
+    assert vectors == stores > 1
+    vectors, stores = executed(lambda: ops.convolution_int8(*given, *steps, INT8, 0, 127))
+    assert vectors == 2 * stores

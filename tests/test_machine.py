@@ -15,7 +15,7 @@ FASTER = replace(TINY, name="faster", clock_hz=2, dram_latency=9, launch_cycles=
 WIDER = replace(TINY, name="wider", lanes=8)
 
 REFUSED = {
-    "contract version 7: chip tiny follows version 1; build the program again with this Pagoda":
+    "contract version 7: chip tiny follows version 2; build the program again with this Pagoda":
         Launch(replace(PROGRAM, contract_version=7)),
     "built for chip wider with lanes = 8: chip tiny has 4; build the program for this chip":
         Launch(replace(PROGRAM, chip=WIDER)),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagoda.runtime.memory import Allocator, OutOfDeviceMemory
+from pagoda.runtime.memory import Allocator, GrantedAllocator, OutOfDeviceMemory
 
 
 def test_addresses_are_aligned_and_apart():
@@ -144,3 +144,71 @@ def free_pieces(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Starts and sizes of the runs that are not in use, in atoms."""
     edges = np.flatnonzero(np.diff(used, prepend=True, append=True))
     return edges[::2], edges[1::2] - edges[::2]
+
+
+class _Owner:
+    """Grants the lowest free units of `units`; remembers what it is asked."""
+
+    def __init__(self, units: int) -> None:
+        self.free = [True] * units
+        self.busy = False
+
+    def grant(self, nbytes: int, released: list[tuple[int, int]]) -> tuple[int, int]:
+        self._take(released)
+        count = -(-nbytes // UNIT)
+        for first in range(len(self.free) - count + 1):
+            if all(self.free[first : first + count]):
+                self.free[first : first + count] = [False] * count
+                return first * UNIT, count * UNIT
+        raise OutOfDeviceMemory(f"{nbytes} bytes are too many")
+
+    def release(self, released: list[tuple[int, int]]) -> bool:
+        if not self.busy:
+            self._take(released)
+        return not self.busy
+
+    def left(self) -> int:
+        return sum(self.free) * UNIT
+
+    def _take(self, released: list[tuple[int, int]]) -> None:
+        for start, size in released:
+            first, count = start // UNIT, size // UNIT
+            assert not any(self.free[first : first + count])
+            self.free[first : first + count] = [True] * count
+
+
+UNIT = 1024
+
+
+@given(st.lists(st.one_of(st.integers(0, 6 * UNIT), st.none()), max_size=60), st.randoms())
+def test_granted_memory_is_used_once_and_given_back(requests, random):
+    owner = _Owner(24)
+    allocator = GrantedAllocator(24 * UNIT, UNIT, owner)
+    live: dict[int, int] = {}
+    for request in requests:
+        owner.busy = random.random() < 0.3
+        if request is None:
+            if live:
+                address = random.choice(sorted(live))
+                del live[address]
+                allocator.free(address)
+        else:
+            try:
+                address = allocator.allocate(request)
+            except OutOfDeviceMemory as full:
+                assert f"{request:,} bytes asked for" in str(full)
+                continue
+            live[address] = max(-(-request // 64), 1) * 64
+        for start, size in live.items():
+            first, last = start // UNIT, (start + size - 1) // UNIT
+            assert not any(owner.free[first : last + 1])  # granted
+        ordered = sorted(live.items())
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ordered))
+        assert allocator.granted == 24 * UNIT - owner.left()
+        assert allocator.allocated == sum(live.values())
+    owner.busy = False
+    for address in list(live):
+        allocator.free(address)
+    allocator.give_back()
+    assert owner.left() == 24 * UNIT
+    assert allocator.granted == allocator.allocated == 0

@@ -205,6 +205,25 @@ def test_conversions_between_float_and_int():
         np.testing.assert_array_equal(bits(nb.i2f(value)), want)
 
 
+def test_conversions_of_quantised_values():
+    """i2fmul rounds twice; faddq adds, rounds to 24 bits, then to an integral value."""
+    scales = [0x3F800000, 0x3C23D70A, 0x33FFFFFF, 0x00000003, 0x7F7FFFFF, 0xBF8CCCCD]
+    for scale in scales:
+        once = f32(np.array([rounded(Fraction(int(v))) if v else 0 for v in INTEGERS], np.uint32))
+        want = nb.fmul(once, f32(np.uint32(scale)))
+        np.testing.assert_array_equal(bits(nb.i2fmul(INTEGERS, f32(np.uint32(scale)))), bits(want))
+    near = [n / 2 + d for n in range(-260, 261) for d in (0, 2.0**-17, -(2.0**-17), 1e-9)]
+    x, c = (v.ravel() for v in np.meshgrid(np.float32(near), np.float32([0, 100, -0.1, 2.0**-24])))
+    want = [
+        min(max(round(float(np.float32(Fraction(float(a)) + Fraction(float(b))))), -128), 127)
+        for a, b in zip(x, c, strict=True)
+    ]
+    np.testing.assert_array_equal(nb.faddq(x, c), np.array(want, np.int32))
+    large = [np.nan, np.inf, -np.inf, 3e38, -3e38, -0.0]
+    np.testing.assert_array_equal(nb.faddq(large, 0.0), [0, 127, -128, 127, -128, 0])
+    assert nb.faddq(np.inf, -np.inf) == 0
+
+
 def test_comparison_refuses_mixed_kinds():
     with pytest.raises(TypeError) as error:
         nb.lt(np.float32(1), np.int32(1))

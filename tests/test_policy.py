@@ -23,10 +23,12 @@ class Load:
     pause: Callable[[], int] = lambda: 0
     begins: int = 0
     patience: int = 0  # it is awaited so long after each launch
+    grace: int = -1  # if it asks within that time, it was not idle
     served: int = 0  # core-cycles
     launches: int = 0
     waits: list[int] = field(default_factory=list)
     asked: int = 0
+    ended: int = 0
 
 
 @dataclass(eq=False)
@@ -61,7 +63,8 @@ class Simulation:
 
     def _ask(self, load: Load) -> None:
         load.asked = self.now
-        self.policy.request(load.tenant)
+        late = load.launches > 0 and self.now - load.ended <= load.grace
+        self.policy.request(load.tenant, late=late)
 
     def _decide(self) -> None:
         while isinstance(decision := self.policy.decide(), Start):
@@ -79,6 +82,7 @@ class Simulation:
     def _finish(self, load: Load, cycles: int) -> None:
         load.served += cycles * load.tenant.cores
         load.launches += 1
+        load.ended = self.now
         self.policy.finish(load.tenant, cycles, returns=load.patience > 0)
         pause = load.pause()
         self.after(pause, lambda: self._ask(load))
@@ -132,6 +136,22 @@ def test_shares_follow_weights():
     Simulation(4, loads).run(1_000_000)
     for share, weight in zip(shares(loads), weights, strict=True):
         assert share == pytest.approx(weight / sum(weights), rel=0.03)
+
+
+def test_who_asks_late_now_and_then_still_gets_its_share():
+    """Credit outlives a wait in vain; without that the heaviest tenant has too little."""
+    weights = [1, 2, 4, 8]
+    lack = {}
+    for grace in (-1, 20):
+        loads = [
+            Load(Tenant(str(w), weight=w), lambda: 10, lengths(w, 0, 8), patience=5, grace=grace)
+            for w in weights
+        ]
+        Simulation(1, loads).run(300_000)
+        lack[grace] = max(
+            abs(share * 15 / w - 1) for share, w in zip(shares(loads), weights, strict=True)
+        )
+    assert lack[20] < 0.03 < 3 * 0.03 < lack[-1]
 
 
 def test_shares_on_cores_apart_follow_weights_too():
@@ -388,6 +408,7 @@ def test_waiting_is_bounded(members, seed):
             pause=lambda longest=longest: draw.randint(0, longest),
             begins=draw.randint(0, CYCLES // 2),
             patience=draw.choice((0, 1)),
+            grace=draw.choice((-1, 5)),
         )
         for tenant, longest in members
     ]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pagoda
+from pagoda.isa.commands import COMMANDS
 from pagoda.pytorch import call, device
 
 qd = torch.ops.quantized_decomposed
@@ -84,3 +85,60 @@ def test_leaves_others_alone():
     torch._dynamo.reset()
     found = torch.compile(network.to("pagoda"), backend="pagoda")(x.to("pagoda")).cpu()
     assert torch.allclose(found, wanted, atol=1e-3)
+
+
+class Layer(nn.Module):
+    """A layer between int8 values, of which the results' zero point may be another."""
+
+    def __init__(self, kind, activation, zero_point):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        shape = (40, 16) if kind == "linear" else (40, 16, 3, 3)
+        w = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+        self.register_buffer("w", w.contiguous(memory_format=torch.channels_last)
+                             if kind == "conv" else w)  # fmt: skip
+        self.register_buffer("s", torch.rand(40, generator=generator) * 1e-2 + 1e-3)
+        self.register_buffer("z", torch.zeros(40, dtype=torch.int64))
+        self.register_buffer("b", torch.randn(40, generator=generator))
+        self.function = F.linear if kind == "linear" else F.conv2d
+        self.activation, self.zero_point = activation, zero_point
+
+    def forward(self, x):
+        x = qd.dequantize_per_tensor(x, 0.02, -3, -128, 127, torch.int8)
+        w = qd.dequantize_per_channel(self.w, self.s, self.z, 0, -128, 127, torch.int8)
+        y = self.activation(self.function(x, w, self.b))
+        return qd.quantize_per_tensor(y, 0.1, self.zero_point, -128, 127, torch.int8)
+
+
+def vector_cycles(call):
+    """How long the vector engine works on vector commands of what a call launches."""
+    there, found = device.state.executor.device, []
+    with there.tracing(), there.listening(found.append):
+        call()
+    traces = [record.result.trace for record in found]
+    mine = [trace[trace["bank"] == COMMANDS["vector"].bank] for trace in traces]
+    return sum(int((trace["free"] - trace["start"]).sum()) for trace in mine)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("activation", "zero_point", "each"), [(nn.Identity(), 5, 1), (F.relu, -128, 1), (F.relu, 0, 2)]
+)
+def test_layer_with_its_quantize(kind, activation, zero_point, each):
+    """One pass over the sums; two where a ReLU is a bound of its own. The rest is scales and
+    offsets, a row each. The bits are torch's but for values in the middle of two steps."""
+    layer = Layer(kind, activation, zero_point)
+    shape = (3000, 16) if kind == "linear" else (8, 16, 18, 18)
+    x = torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator())
+    x = x if kind == "linear" else x.contiguous(memory_format=torch.channels_last)
+    wanted = layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.to("pagoda"), backend="pagoda", dynamic=False)
+    there = x.to("pagoda")
+    found = compiled(there).cpu()
+    difference = (found.int() - wanted.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).double().mean() < 1e-3
+    assert wanted.unique().numel() > 50
+    chip = device.state.executor.device.chip
+    once = wanted.numel() // 40 * -(-40 // chip.lanes)
+    assert each <= vector_cycles(lambda: compiled(there)) / once < each + 0.1

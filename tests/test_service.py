@@ -26,6 +26,7 @@ from service_support import (
 )
 
 from pagoda.isa import ChipError, FaultKind, Program, Slot, load_chip
+from pagoda.isa.numbers import DType
 from pagoda.runtime import (
     Device,
     DeviceFault,
@@ -34,6 +35,7 @@ from pagoda.runtime import (
     ServiceError,
     open_device,
 )
+from pagoda.runtime.service.grants import available_host_bytes
 from pagoda.runtime.service.protocol import Type
 
 MIB = 1 << 20
@@ -146,6 +148,30 @@ def test_released_memory_comes_back_as_zeros(path, device):
     assert not device.array(again, (100 * MIB,), np.uint8).any()
 
 
+def test_memory_that_is_left_and_given_back(path, device, share):
+    address = device.memory.allocate(40 * MIB)
+    share(path).memory.allocate(100 * MIB)
+    assert device.memory.available() == (256 - 40 - 100) * MIB
+    device.memory.free(address)
+    assert (device.memory.reserved, device.memory.allocated) == (40 * MIB, 0)
+    assert device.memory.available() == (256 - 100) * MIB
+    device.memory.give_back()
+    assert device.memory.reserved == 0
+    assert figures(path)["memory_bytes"] == 100 * MIB
+
+
+def test_memory_freed_in_the_middle_of_a_request_is_given_back_later(path, device):
+    addresses = [device.memory.allocate(50 * MIB) for _ in range(3)]
+    connection = device.machine._connection
+    with connection._lock:  # as if the garbage collector struck while something is asked
+        for address in addresses:
+            device.memory.free(address)
+    assert figures(path)["memory_bytes"] == 150 * MIB
+    device.memory.allocate(64)
+    device.memory.give_back()
+    assert figures(path)["memory_bytes"] == 2 * MIB
+
+
 def test_a_fault_is_precise_and_private(path, device, share):
     other = share(path)
     with pytest.raises(DeviceFault) as raised:
@@ -187,7 +213,7 @@ def test_a_remembered_launch_is_checked_again_after_release(device):
 def test_forgotten_programs_are_sent_again(path, share):
     opened = share(path)
     for number in range(3):
-        opened.machine._programs[ILLEGAL.digest, 0] = 10_000 + number
+        opened.machine._numbers[id(ILLEGAL)] = ILLEGAL, 10_000 + number
         with pytest.raises(DeviceFault):
             opened.launch(ILLEGAL)
 
@@ -319,6 +345,80 @@ def test_a_forked_process_cannot_use_the_device(device):
     device.launch(EXIT)
 
 
+def test_a_closed_device_is_free_though_a_child_holds_its_socket(path, share):
+    opened = share(path)
+    address = opened.memory.allocate(64 * MIB)
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    close(opened)
+    eventually(lambda: not figures(path)["contexts"])
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(DeviceLost, match="the device was closed; open it again"):
+        opened.launch(EXIT)
+    opened.memory.free(address)
+
+
+def test_a_fault_tells_what_the_engines_were_at(device):
+    assembler = Assembler()
+    line = dict(mem=DType.F32, local=DType.F32, offset=0, rows=1, planes=1, mem_row_stride=0,
+                row_stride=0, cols=512)  # fmt: skip
+    assembler.command("load", slot=0, address=0, **line)
+    assembler.command("store", slot=0, address=0, **line)  # waits for the load
+    assembler.command("load", slot=1, address=4096, **line)  # there is no slot 1
+    program = assembler.program("faulty")
+    raised = []
+    for each in (device, Device(TINY)):
+        address = each.memory.allocate(4096)
+        with pytest.raises(DeviceFault) as error:
+            each.launch(program, slots=(Slot(address, 4096),))
+        raised.append(error.value)
+    ours, theirs = raised
+    assert ours.in_flight == theirs.in_flight
+    assert [(each.command, each.engine) for each in ours.in_flight] == [("load", 0), ("store", 1)]
+    load, store = ours.in_flight
+    (note,) = ours.__notes__
+    assert note == (
+        f"engines at cycle {ours.fault.cycle}:\n"
+        f"  core 0 load   load (command 0, pc {load.pc:#x}): entered {load.entry}, started "
+        f"{load.start}, until {load.finish}\n"
+        f"  core 0 store  store (command 1, pc {store.pc:#x}): entered {store.entry}, waits"
+    )
+
+
+def test_stopping_tells_what_runs(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path) as process:
+        opened = share(path)
+        threading.Timer(0.3, process.terminate).start()
+        with pytest.raises(DeviceLost) as raised:
+            opened.launch(ENDLESS)
+        assert str(raised.value) == (
+            f"the device service on {path} was stopped; what its tensors hold can still be copied "
+            "to the host; open it again with pagoda.use_chip"
+        )
+        assert process.wait(10) == 0
+        assert not path.exists()
+
+
+def test_a_host_without_memory(tmp_path, share):
+    path = tmp_path / "s"
+    before = "import pagoda.runtime.service.server as server\n"
+    before += "server.available_host_bytes = lambda: 5 << 20"
+    with serving(path, before=before):
+        opened = share(path)
+        opened.memory.allocate(3 * MIB)
+        message = "but this computer has only 1,048,576 left for the simulated DRAM; it holds"
+        with pytest.raises(OutOfDeviceMemory, match=message):
+            opened.memory.allocate(3 * MIB)
+
+
+def test_memory_of_this_host():
+    assert 1 << 20 < available_host_bytes() < 1 << 50
+
+
 def test_another_chip_than_the_service_has(path, share):
     with pytest.raises(ServiceError) as raised:
         share(path, CAR)
@@ -343,6 +443,55 @@ def test_limits_of_users(tmp_path, share):
         for wish, shown in ((dict(priority=4), "priority = 4"), (dict(time_share=3.0), "3.0")):
             with pytest.raises(ServiceError, match=f"{shown}: user .* may have at most"):
                 share(path, **wish)
+
+
+def test_a_watchdog_of_the_service(tmp_path, share):
+    path = tmp_path / "s"
+    limits = "limits=Limits(UserLimits(watchdog=5000))"
+    with serving(path, options=limits), pytest.raises(DeviceFault) as raised:
+        share(path).launch(ENDLESS)
+    assert raised.value.fault.kind is FaultKind.WATCHDOG
+
+
+def test_a_trace_without_end(tmp_path, share):
+    path = tmp_path / "s"
+    before = "import pagoda.sim.machine as machine\nmachine._FIRST_TRACE_ROWS = 64\n"
+    before += "import pagoda.runtime.service.server as server\nserver._PART_OF_HOST = 1 << 40"
+    with serving(path, before=before):
+        device = share(path)
+        with device.tracing(), pytest.raises(ValueError, match="there is no room for more; trace"):
+            multiply(device, rows=50_000)
+        assert multiply(device)[0] == multiply(Device(TINY))[0]
+
+
+def test_a_share_that_no_tenant_can_have(path, share):
+    with pytest.raises(ValueError) as raised:
+        share(path, time_share=1e-9)
+    assert str(raised.value) == (
+        "time_share = 1e-09: must be from 1e-06 to 1e+06; 2 is twice the share of those that ask "
+        "for none"
+    )
+    with pytest.raises(ValueError, match="priority = 5000: must be a whole number from -1000 to"):
+        share(path, priority=5000)
+
+
+def test_partitions_run_at_the_same_time(tmp_path, share):
+    path = tmp_path / "s"
+    with serving(path, CAR):
+        three = share(path, cores=3)
+        process = run_python(
+            "from service_support import *\n"
+            f"d = shared(Path({str(path)!r}), cores=1)\n"
+            "d.launch(ENDLESS)"
+        )
+        eventually(lambda: figures(path)["queue"]["running"])
+        found, result = multiply(three)  # though the other's launch never ends
+        queue = figures(path)["queue"]
+        assert [turn["cores"] for turn in queue["running"]] == [[0]]
+        kill(process)
+        eventually(lambda: not figures(path)["queue"]["running"])
+        alone = multiply(Device(three.chip))
+        assert (found, result.cycles) == (alone[0], alone[1].cycles)
 
 
 def test_partitions_of_cores(tmp_path, share):

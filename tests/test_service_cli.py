@@ -212,7 +212,10 @@ for name in ("s", "t"):
     ("text", "limits"),
     [
         ("", Limits()),
-        ("[default]\nmemory = '2 GiB'\nweight = 2", Limits(UserLimits(2 << 30, 2))),
+        (
+            "[default]\nmemory = '2 GiB'\nweight = 2\nwatchdog = 1e9",
+            Limits(UserLimits(2 << 30, 2, watchdog=10**9)),
+        ),
         (
             "[default]\npriority = 1\n[users.root]\nmemory = 4096\n[users.7]\npriority = 9",
             Limits(
@@ -233,7 +236,8 @@ def test_limits(tmp_path, text, limits):
     ("text", "problem"),
     [
         ("memory = 1", "'memory': there are only the tables [default] and [users.NAME]; put"),
-        ("[default]\nspeed = 1", "[default]: its entries must be among memory, weight, priority"),
+        ("[default]\nspeed = 1", "[default]: its entries must be among memory, weight, priority, "),
+        ("[default]\nwatchdog = 'no'", "[default]: watchdog = 'no': must be a number of cycles"),
         ("[default]\nmemory = 'lots'", "[default]: 'lots': must be a number of bytes, or a text"),
         ("[default]\nweight = 0", "[default]: weight = 0: must be a number above 0, at most"),
         ("[users.root]\npriority = 1.5", "[users.root]: priority = 1.5: must be a whole number"),

@@ -66,7 +66,8 @@ _FLOAT_FUNCTIONS = {
     "fneg": numbers.fneg, "fabs": numbers.fabs, "fsqrt": numbers.fsqrt, "ffloor": numbers.floor,
     "fceil": numbers.ceil, "ftrunc": numbers.trunc, "fround": numbers.round_even,
     "exp2": tables.exp2, "log2": tables.log2, "recip": tables.reciprocal, "rsqrt": tables.rsqrt,
-    "sin2pi": tables.sin2pi, "f2i": numbers.f2i, "fma": numbers.ffma, "as_int": lambda x: x,
+    "sin2pi": tables.sin2pi, "f2i": numbers.f2i, "faddq": numbers.faddq, "fma": numbers.ffma,
+    "as_int": lambda x: x,
 }  # fmt: skip
 _INT_FUNCTIONS = {
     "i2f": numbers.i2f, "i2b": lambda x: (x != 0).astype(np.int32), "iadd": numbers.iadd,
@@ -74,7 +75,7 @@ _INT_FUNCTIONS = {
     "and": numbers.iand, "or": numbers.ior, "xor": numbers.ixor, "shl": numbers.shl,
     "shr": numbers.shr, "sra": numbers.sra, "idiv": numbers.idiv, "imod": numbers.imod,
     "ilt": numbers.lt, "ile": numbers.le, "ieq": numbers.eq, "ine": numbers.ne,
-    "as_float": lambda x: x,
+    "as_float": lambda x: x, "i2fmul": lambda x, y: numbers.i2fmul(x, y.view(np.float32)),
 }  # fmt: skip
 
 

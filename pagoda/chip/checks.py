@@ -20,7 +20,14 @@ from pagoda.isa.accumulation import LANES, ReduceOp
 from pagoda.isa.checks import LOCAL_DTYPES, LOCAL_FLOATS, LOCAL_INTS, START_LIMIT
 from pagoda.isa.chip import Chip
 from pagoda.isa.commands import COMMANDS, MATRIX_TYPES, SCALAR
-from pagoda.isa.functions import FMA, FMUL, SELECT, VECTOR_FUNCTIONS
+from pagoda.isa.functions import (
+    FMA,
+    FMUL,
+    ONLY_FIRST,
+    ONLY_SECOND,
+    SELECT,
+    VECTOR_FUNCTIONS,
+)
 from pagoda.isa.numbers import DType
 
 INTEGER_OPS = (ReduceOp.ISUM, ReduceOp.IMAX)
@@ -118,7 +125,8 @@ def _vector_codes(f: CommandFields) -> Value:
         wrong.append(~code.matches(*VECTOR_FUNCTIONS))
         used[operand] = code.matches(*(c for c, v in VECTOR_FUNCTIONS.items() if v.operands == 2))
     f1, f2 = f["f1"], f["f2"]
-    wrong += [f1 == FMA, (f2 == FMA) & (f1 != FMUL), (f1 == SELECT) ^ (f2 == SELECT)]
+    wrong += [f1.matches(*ONLY_SECOND), f2.matches(*ONLY_FIRST)]
+    wrong += [(f2 == FMA) & (f1 != FMUL), (f1 == SELECT) ^ (f2 == SELECT)]
     for operand, needed in used.items():
         kind, dtype = f[f"{operand}_kind"], f[f"{operand}_dtype"]
         wrong.append(needed & ((kind > SCALAR) | ~dtype.matches(*LOCAL_DTYPES)))

@@ -16,7 +16,8 @@ Products and the magnitudes of integers come out of another sum, that of partial
 of P and C is 0 then.
 
 A unit that takes no products as P has a shorter sum: it begins 23 bits further up, where the
-significand does, with its own three bits below.
+significand does, with its own three bits below. Such a unit multiplies integers by floats too: |x|
+rounded to 24 bits is a factor of 32, which imul has anyway. The other one quantises (`quantise`).
 """
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
@@ -26,6 +27,7 @@ from amaranth.lib.wiring import In, Out
 from pagoda.chip.float_format import (
     ROOM_BITS,
     Flow,
+    Unpacked,
     limit_lines,
     normalised,
     operation_of,
@@ -36,6 +38,7 @@ from pagoda.chip.float_format import (
     special_lane,
     unpack,
 )
+from pagoda.chip.quantise import HALF_FIELD, quantised, rounded_magnitude, window_of
 
 LATENCY = 7
 FRAME_BITS = 77
@@ -59,6 +62,8 @@ class Operation(data.StructLayout):
             "down": 1,  # if negative
             "nearest": 1,
             "integer": 1,  # imul
+            "scale": 1,  # multiply: x is an integer: i2fmul
+            "quantise": 1,  # addition: the sum as int8: faddq
         })  # fmt: skip
 
 
@@ -75,6 +80,8 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "ffloor": ("integral", "down"),
     "fceil": ("integral", "up"),
     "fround": ("integral", "nearest"),
+    "i2fmul": ("multiply", "scale"),
+    "faddq": ("addition", "quantise"),
 }
 """Of an operation, by function: the bits that are 1."""
 
@@ -104,6 +111,7 @@ class FloatUnit(wiring.Component):
     def __init__(self, fused: bool):
         self.fused = fused
         self.base = 0 if fused else 23  # bits of the frame below its sums
+        self.product_bits = 48 if fused else 56  # of 24 bits by 24, or 32 by 24
         super().__init__({
             "operation": In(Operation()), "x": In(32), "y": In(32),
             "show": In(1), "result": Out(32),
@@ -115,7 +123,8 @@ class FloatUnit(wiring.Component):
         flow = Flow(m)
 
         # Unpack; begin with exponents and comparisons.
-        op, ux, uy = self.operation, unpack(m, self.x, "x_parts"), unpack(m, self.y, "y_parts")
+        op, uy = self.operation, unpack(m, self.y, "y_parts")
+        ux, factor = self._factor(m, unpack(m, self.x, "x_parts"))
         left, right_sign = self._left(m, ux), Signal()
         on_x = op.integral | op.to_integer  # C is x
         ahead, exponents = Signal(signed(ROOM_BITS)), Signal(9)
@@ -125,7 +134,7 @@ class FloatUnit(wiring.Component):
             exponents.eq(ux.field + uy.field),
         ]
         flow.add(
-            op=op, x=self.x, y=self.y, ux=ux, uy=uy, left=left, c_sign=right_sign,
+            op=op, x=self.x, y=self.y, ux=ux, uy=uy, factor=factor, left=left, c_sign=right_sign,
             ahead=ahead, exponents=exponents, on_x=on_x,
         )  # fmt: skip
         flow.step()
@@ -146,7 +155,7 @@ class FloatUnit(wiring.Component):
             partial=self._partial_products(m, flow), raw=raw, has_raw=has_raw, flip=flip,
             zero=ux.zero | uy.zero, inf=ux.inf | uy.inf, nan=_invalid_product(ux, uy),
         )  # fmt: skip
-        flow.step("x", "y", "ux", "uy", "left", "ahead", "exponents", "on_x")
+        flow.step("x", "y", "ux", "uy", "factor", "left", "ahead", "exponents", "on_x")
 
         # C at its place, inverted if it is subtracted; the first sum of a product.
         width = FRAME_BITS - self.base
@@ -174,27 +183,50 @@ class FloatUnit(wiring.Component):
             lane=Mux(flow.has_raw, flow.raw, integers),
             has_lane=flow.has_raw | op.integer | op.to_integer,
         )  # fmt: skip
+        if self.fused:
+            above_half = (flow.room - (HALF_FIELD - 1)).as_signed()
+            flow.add(quantises=op.quantise & ~flow.has_raw, above_half=above_half)
         flow.step("lines", "raw", "has_raw", "op")
 
         # Normalise.
         flow.add(normal=normalised(m, flow.frame, flow.places, flow.room, "normal"))
-        flow.step("frame", "places", "room")
+        if self.fused:
+            flow.add(window=window_of(m, flow.above_half, flow.places))
+        flow.step("frame", "places", "room", *(("above_half",) if self.fused else ()))
 
         # Round. An exact difference of 0 is +0.
         lane = flow.lane & (flow.has_lane & self.show).replicate(32)
         takes, keep_sign = ~flow.has_lane & self.show, ~flow.subtract
+        if self.fused:
+            takes = takes & ~flow.quantises
+            integer = quantised(m, flow.normal, flow.sign, flow.window)
+            lane = lane | (integer & (flow.quantises & self.show).replicate(32))
         m.d.comb += self.result.eq(
             rounded(m, flow.normal, flow.sign, keep_sign, takes, lane, "pattern")
         )
         if not self.fused:
             product = Signal(Product(), name="product_now")
             m.d.comb += [
-                product.magnitude.eq(flow.whole), product.exponent.eq(flow.exponent),
+                product.magnitude.eq(flow.whole[:48]), product.exponent.eq(flow.exponent),
                 product.sign.eq(flow.sign), product.zero.eq(flow.zero), product.inf.eq(flow.inf),
                 product.nan.eq(flow.nan),
             ]  # fmt: skip
             m.d.comb += self.product.eq(register(m, product, "product_last"))
         return m
+
+    def _factor(self, m: Module, ux: data.View) -> tuple[data.View, Value]:
+        """(parts of x, its 32 bits for the multiplier). An integer counts 2^(150 - 150)."""
+        x, integer = self.x, self.operation.integer
+        high = Cat(Mux(integer, x[23], ux.normal), x[24:] & integer.replicate(8))
+        parts, factor = Signal(Unpacked(), name="x_factor"), Signal(32, name="factor")
+        m.d.comb += [parts.eq(ux), factor.eq(Cat(x[:23], high))]
+        if not self.fused:
+            with m.If(self.operation.scale):
+                m.d.comb += [
+                    parts.field.eq(150), parts.zero.eq(ux.zero & ~x[31]), parts.inf.eq(0),
+                    parts.nan.eq(0), factor.eq(rounded_magnitude(m, x)),
+                ]  # fmt: skip
+        return parts, factor
 
     def _left(self, m: Module, ux: data.View) -> data.View:
         """x, or the factor, as the left summand; its magnitude counts 2^(exponent - 173)."""
@@ -252,26 +284,30 @@ class FloatUnit(wiring.Component):
 
     def _partial_products(self, m: Module, flow: Flow) -> Value:
         """Of 18 low and 14 high bits: low * low, low * high, high * low, and of the 6 high bits
-        of significands high * high, in gates: a multiplier less."""
-        integer = flow.op.integer
-        (x_low, x_high), (y_low, y_high) = (
-            (v[:18], Cat(v[18:23], Mux(integer, v[23], u.normal), v[24:] & integer.replicate(8)))
-            for v, u in ((flow.x, flow.ux), (flow.y, flow.uy))
+        of y's significand high * high, in gates: a multiplier less."""
+        integer, y = flow.op.integer, flow.y
+        x_low, x_high = flow.factor[:18], flow.factor[18:]
+        y_low = y[:18]
+        y_high = Cat(
+            y[18:23], Mux(integer, y[23], flow.uy.normal), y[24:] & integer.replicate(8)
         )
-        rows = [Cat(Const(0, i), x_high[:6] & y_high[i].replicate(6)) for i in range(6)]
-        pairs = [(low + high)[:12] for low, high in zip(rows[::2], rows[1::2], strict=True)]
-        top = (pairs[0] + pairs[1] + pairs[2])[:12]
+        count = self.product_bits - 42  # high bits of x that a product of floats has
+        rows = [Cat(Const(0, i), x_high[:count] & y_high[i].replicate(count)) for i in range(6)]
+        pairs = [
+            (low + high)[: count + 6] for low, high in zip(rows[::2], rows[1::2], strict=True)
+        ]
+        top = (pairs[0] + pairs[1] + pairs[2])[: count + 6]
         return Cat(x_low * y_low, (x_low * y_high)[:32], (x_high * y_low)[:32], top)
 
-    @staticmethod
-    def _product_terms(m: Module, flow: Flow) -> tuple[Value, Value]:
-        """Summands of 48 bits, the second one from bit 18 on: a product, or |x| of an integer."""
+    def _product_terms(self, m: Module, flow: Flow) -> tuple[Value, Value]:
+        """Summands, the second one from bit 18 on: a product, or |x| of an integer."""
         partial, op = flow.partial, flow.op
         ends = Mux(op.from_integer, flow.raw, Cat(partial[:36], partial[100:]))
-        middle = (partial[36:68] + partial[68:100])[:30]
+        bits = self.product_bits
+        middle = (partial[36:68] + partial[68:100])[: bits - 18]
         return (
-            ends & (op.multiply | op.from_integer).replicate(48),
-            middle & op.multiply.replicate(30),
+            ends & (op.multiply | op.from_integer).replicate(bits),
+            middle & op.multiply.replicate(len(middle)),
         )
 
     def _without_frame(
@@ -296,9 +332,11 @@ class FloatUnit(wiring.Component):
             full.eq(op.to_integer & ~ux.nan),  # the greatest or the least integer
         ]  # fmt: skip
         integer = Cat((full & ~x[31]).replicate(31), full & x[31])
+        as_float, int8 = ~op.quantise, inf & op.quantise
         raw = (
             ((x ^ flip.replicate(32)) & take_x.replicate(32)) | integer
-            | special_lane(nan, inf, inf & inf_sign)
+            | Cat((int8 & ~inf_sign).replicate(7), (int8 & inf_sign).replicate(25))
+            | special_lane(nan & as_float, inf & as_float, inf & inf_sign & as_float)
         )  # fmt: skip
         has_raw = (
             nan | inf | (op.integral & (ux.field >= 150))
@@ -310,7 +348,7 @@ class FloatUnit(wiring.Component):
         """(product, |P +- C|, whether that is C - P)."""
         width, op, addend, subtract = FRAME_BITS - self.base, flow.op, flow.addend, flow.subtract
         p, total, short = Signal(width), Signal(width + 1), Signal(width)
-        whole, negative = Signal(48, name="whole"), Signal()
+        whole, negative = Signal(self.product_bits, name="whole"), Signal()
         m.d.comb += [
             whole.eq(flow.ends + (flow.middle << 18) + flow.flip),
             p.eq(Cat(flow.low, Const(0, 1), flow.p)),

@@ -24,6 +24,7 @@ COMMANDS = {
     "rtl": "Write a chip's Verilog.",
     "run": "Run a model file (.py, .onnx), or a kernel of the library.",
     "synth": "Synthesise a chip: area by unit, clock, layout of an element.",
+    "top": "Watch shared devices: load, memory, queues, programs.",
     "train": "Train a small GPT on text, or adapt SmolLM2 to it.",
 }
 

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "resnet50": "ResNet-50, int8 and bf16: array utilisation, scaling to 64 x 64.",
     "llm": "SmolLM2: decode and prefill on the chip, speed on the host.",
     "bert": "BERT-base: inference.",
+    "os": "A shared device: launch overhead, fairness, survival of kills, faults and resets.",
     "train": "GPT-2 with 124 M parameters: a training step.",
 }
 

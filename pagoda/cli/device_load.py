@@ -71,11 +71,11 @@ class DeviceLoad:
 
 
 def load_between(before: Figures | None, now: Figures) -> DeviceLoad:
-    """The load between two looks. Without a first one, or if the service or its device was started
-    anew in between, since that start."""
-    if before is not None and (before["pid"], before["resets"]) != (now["pid"], now["resets"]):
+    """The load between two looks. Without a first one, or if the service was started anew in
+    between, since that start."""
+    if before is not None and before["pid"] != now["pid"]:
         before = None
-    queue = now["queue"]
+    queue = now["queue"]  # the scheduler's snapshot
     past = before["queue"] if before is not None else None
     seconds = queue["seconds"] - (past["seconds"] if past else 0.0)
     pids = {each["tenant"]: each["pid"] for each in now["contexts"]}
@@ -86,9 +86,7 @@ def load_between(before: Figures | None, now: Figures) -> DeviceLoad:
         core["busy_seconds"] - (past["cores"][number]["busy_seconds"] if past else 0.0)
         for number, core in enumerate(queue["cores"])
     ]
-    processes = [
-        _process(context, before, now, seconds) for context in now["contexts"]
-    ]
+    processes = [_process(context, before, now, seconds) for context in now["contexts"]]
     return DeviceLoad(
         device=now["device"],
         chip=now["chip"]["name"],
@@ -122,9 +120,10 @@ def _process(
 ) -> ProcessLoad:
     contexts = before["contexts"] if before is not None else ()
     past = next((c for c in contexts if c["context"] == context["context"]), None)
-    tenant, past_tenant = _tenant(now, context), before and past and _tenant(before, past)
+    tenant = tenant_of(now, context) or _NO_TENANT
+    past_tenant = tenant_of(before, past) if before is not None and past is not None else None
     if past_tenant is None or past_tenant["tenant"] != tenant["tenant"]:
-        past_tenant = {"core_seconds": 0.0}
+        past_tenant = _NO_TENANT
     return ProcessLoad(
         pid=context["pid"],
         user=context["user"],
@@ -150,10 +149,10 @@ def _process(
 _NO_TENANT = {"tenant": None, "core_seconds": 0.0, "waited_seconds": 0.0}
 
 
-def _tenant(figures: Figures, context: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The scheduler's account of a context; of one that was lost, it keeps none."""
+def tenant_of(figures: Figures, context: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The scheduler's account of a context; None if it was lost."""
     tenants = figures["queue"]["tenants"]
-    return next((t for t in tenants if t["tenant"] == context["tenant"]), _NO_TENANT)
+    return next((t for t in tenants if t["tenant"] == context["tenant"]), None)
 
 
 def _part(of: float, whole: float) -> float:

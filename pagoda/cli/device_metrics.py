@@ -7,13 +7,12 @@ Counters are what the service counts, so rates are the business of whoever asks:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-Figures = Mapping[str, Any]
+from pagoda.cli.device_load import Figures, tenant_of
 
 _DEVICE = ("device",)
 _PROCESS = ("device", "context", "pid", "user", "name")
@@ -104,9 +103,8 @@ def _of_processes(devices: Mapping[str, Figures]) -> Iterable[Metric]:
     ):  # fmt: skip
         metric = family(f"pagoda_process_{name}", meaning, labels=_PROCESS)
         for device, figures in devices.items():
-            tenants = {tenant["tenant"]: tenant for tenant in figures["queue"]["tenants"]}
             for context in figures["contexts"]:
-                account = context if source == "context" else tenants.get(context["tenant"])
+                account = context if source == "context" else tenant_of(figures, context)
                 if account is not None:
                     labels = [device] + [str(context[label]) for label in _PROCESS[1:]]
                     metric.add_metric(labels, account[key])

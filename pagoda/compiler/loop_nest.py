@@ -57,7 +57,6 @@ LOW_PRECISION = ("bfloat16", "float16")
 # the widest type among the arguments (for `where`: among the last two). Integer `floordiv` and
 # `remainder` round to minus infinity, `truncdiv` and `fmod` to zero. `fma` rounds once.
 # `saturate`: the int8 nearest to the value, after its fraction was cut off; NaN gives 0.
-# `round_positive`: the int8 nearest to a float that is not negative, ties to even; NaN gives 127.
 POINTWISE: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("add", "sub", "mul", "div", "pow", "minimum", "maximum"), (2, "same")),
     **dict.fromkeys(("floordiv", "truncdiv", "remainder", "fmod", "atan2"), (2, "same")),
@@ -73,7 +72,6 @@ POINTWISE: dict[str, tuple[int, str]] = {
     "fma": (3, "same"),
     "where": (3, "same"),
     "saturate": (1, "int8"),
-    "round_positive": (1, "int8"),
 }
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "argmax", "argmin")
 

@@ -71,10 +71,6 @@ def _saturate(x: np.ndarray) -> np.ndarray:
     return np.clip(np.trunc(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)), -128, 127)
 
 
-def _round_positive(x: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(x), 127, np.minimum(np.round(x), 127))
-
-
 def _truncdiv(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     quotient = np.abs(a) // np.abs(b)
     return np.where((a < 0) != (b < 0), -quotient, quotient)
@@ -95,7 +91,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "erf": _erf, "erfc": _erfc,
     "recip1p_exp2": lambda x: 1 / (1 + np.exp2(x)),
     "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "round": np.round,
-    "saturate": _saturate, "round_positive": _round_positive,
+    "saturate": _saturate,
     "bitwise_not": np.invert, "isnan": np.isnan, "isinf": np.isinf, "signbit": np.signbit,
     "logical_not": np.logical_not, "fma": _fma, "where": np.where,
 }  # fmt: skip

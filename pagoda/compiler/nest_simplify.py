@@ -4,9 +4,7 @@
 
 - a load that reads back what the nest stored at the same index is the stored value,
 - what is a sigmoid in other words is a sigmoid (`nest_sigmoid`),
-- int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before;
-  where it was rounded and the lower bound is not negative, `round_positive` does both (what int8
-  becomes of NaN is the one thing that may differ),
+- int8 of a value between two bounds is `saturate`, with the bounds that are no int8's own before,
 - argmax and argmin are ones the chip has, or a maximum and the lowest position that equals it,
 - index expressions use `//` and `%` only where splitting a dimension cannot remove them,
 - dimensions of size 1 are gone (but one reduced dimension stays in a nest with reductions),
@@ -106,16 +104,11 @@ def _recognise_saturation(nest: LoopNest) -> LoopNest:
             body.copy(number, op)
             continue
         x, bounds = found
-        values = {name: nest.body[limit].value for name, limit in bounds}
-        source, dtype, function = nest.body[x], nest.value_dtype(x), "saturate"
-        rounded = isinstance(source, Pointwise) and source.name == "round"
-        if rounded and dtype == "float32" and 0 <= values["maximum"] <= values["minimum"]:
-            x, function = source.operands[0], "round_positive"
-        value = body.values[x]
+        value, dtype = body.values[x], nest.value_dtype(x)
         for name, limit in bounds:
-            if values[name] != INT8_LIMITS[name]:
+            if nest.body[limit].value != INT8_LIMITS[name]:
                 value = body.add(Pointwise(name, (value, body.values[limit]), dtype))
-        body.values[number] = body.add(Pointwise(function, (value,), "int8"))
+        body.values[number] = body.add(Pointwise("saturate", (value,), "int8"))
     return with_body(nest, body)
 
 

@@ -23,7 +23,6 @@ from pagoda.compiler.errors import CompileError
 from pagoda.compiler.tile_ir import Apply, Tree, apply, splat
 
 INT8_MIN, INT8_MAX = -128, 127
-SMALLEST = 2.0**-149
 WRAPPED = {"int8": (24, "sra"), "uint8": (24, "shr"), "int16": (16, "sra")}
 
 
@@ -47,8 +46,6 @@ def compose(name: str, dtype: str, operand_dtype: str, args: tuple[Tree, ...], k
     check_dtype(operand_dtype, f"operation {name}")
     if name == "where":
         return apply("select", *args)
-    if name == "round_positive":
-        return saturated(_rounded_positive(args[0]))
     if name == "saturate":
         return saturated(apply("f2i", args[0]) if is_float(operand_dtype) else args[0])
     if is_float(operand_dtype):
@@ -105,16 +102,6 @@ def wrapped(value: Tree, dtype: str) -> Tree:
 def saturated(value: Tree) -> Tree:
     """int32 lanes cut off to what int8 holds."""
     return apply("imin", apply("imax", value, splat(INT8_MIN)), splat(INT8_MAX))
-
-
-def _rounded_positive(value: Tree) -> Tree:
-    """int32 lanes nearest to a float that is not negative, ties to even; at least 2^24 for one that
-    is larger, and for NaN.
-
-    The product with the smallest subnormal number is rounded to a multiple of that number, and the
-    patterns of these multiples are 0, 1, 2, ...
-    """
-    return apply("as_int", apply("fmul", value, splat(SMALLEST)))
 
 
 def unsaturated(value: Tree) -> Tree:

@@ -3,7 +3,8 @@
 A vector command computes `dst = f2(f1(a, b), c)`, so a tree is cut into pairs of functions; what
 does not fit goes through temporaries, which are reused as soon as their last reader has run (the
 destination serves as one when its elements are 32 bits wide and the tree does not read it). A
-multiply that feeds an add is *not* made an fma: that would change a rounding; write `fma`.
+multiply that feeds an add is *not* made an fma: that would change a rounding; write `fma`. What
+ends in int8 takes `i2fmul` and `faddq` (`quantised_trees`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pagoda.compiler.quantised_trees import with_quantised_functions
 from pagoda.compiler.scalar import ZERO, Scalar
 from pagoda.compiler.tile_ir import (
     Apply,
@@ -36,7 +38,7 @@ from pagoda.compiler.tile_ir import (
 from pagoda.isa.commands import COLUMN, SCALAR, TILE
 from pagoda.isa.numbers import DType
 
-COMMUTATIVE = ("fadd", "fmul", "fmax", "fmin", "feq", "fne") + (
+COMMUTATIVE = ("fadd", "faddq", "fmul", "fmax", "fmin", "feq", "fne") + (
     "iadd", "imul", "imax", "imin", "and", "or", "xor", "ieq", "ine",
 )  # fmt: skip
 SWAPPED = {
@@ -45,7 +47,7 @@ SWAPPED = {
     "flt": "fgt", "fgt": "flt", "fle": "fge", "fge": "fle",
 }  # fmt: skip
 REINTERPRET = ("as_int", "as_float")
-UNPAIRABLE = ("fma", "select", *REINTERPRET)  # these take a whole command, or none
+UNPAIRABLE = ("fma", "select", "faddq", *REINTERPRET)  # take a whole command, none, or are no f1
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ class _Packer:
         self.names = names
         self.commands: list[Vector] = []
         self.temporaries: list[Tile] = []
-        self.root = _intern(statement.tree)
+        saturates = statement.destination.tile.dtype is DType.I8
+        self.root = _intern(with_quantised_functions(_intern(statement.tree), saturates))
         self.uses = Counter({id(self.root): 1})
         self._count(self.root, set())
+        self.counts: dict[int, int] = {}
         self.done: dict[int, Operand] = {}
         self.reads: Counter[View] = Counter()  # readers still to come of each temporary
         destination = statement.destination
@@ -161,15 +165,18 @@ class _Packer:
             f1, f2, sources = "fmul", "fma", tuple(map(self._operand, arguments))
         elif function == "select":
             f1, f2, sources = "select", "select", tuple(map(self._operand, arguments))
-        elif self._pairable(arguments[0]):
+        elif (place := self._first(node)) == 0:
             inner = arguments[0]
             a, b = self._pair(inner)
             c = self._operand(arguments[1]) if len(arguments) == 2 else None
             f1, f2, sources = inner.function, function, (a, b, c)
-        elif len(arguments) == 2 and function in SWAPPED and self._pairable(arguments[1]):
+        elif place == 1:
             inner = arguments[1]
             c = self._operand(arguments[0])
             f1, f2, sources = inner.function, SWAPPED[function], (*self._pair(inner), c)
+        elif function == "faddq":
+            x, c = map(self._operand, arguments)
+            f1, f2, sources = "mov", function, (x, None, c)
         else:
             operands = (*map(self._operand, arguments), None, None)
             f1, f2, sources = function, "mov", operands[:3]
@@ -178,6 +185,35 @@ class _Packer:
     def _pair(self, inner: Apply) -> tuple[Operand, Operand | None]:
         operands = tuple(map(self._operand, inner.arguments))
         return operands if len(operands) == 2 else (operands[0], None)
+
+    def _first(self, node: Apply) -> int | None:
+        """Which argument is the command's f1, if one is: that which leaves the fewest commands."""
+        if node.function in ("fma", "select", "i2fmul", *REINTERPRET):
+            return None
+        places = [
+            place
+            for place, argument in enumerate(node.arguments)
+            if self._pairable(argument) and (place == 0 or node.function in SWAPPED)
+        ]
+        return min(places, key=lambda place: self._left(node, place), default=None)
+
+    def _left(self, node: Apply, place: int | None) -> int:
+        """Commands ahead of the one of a node, whose f1 is its argument at `place`."""
+        return sum(
+            sum(map(self._commands, argument.children()))
+            if here == place
+            else self._commands(argument)
+            for here, argument in enumerate(node.arguments)
+        )
+
+    def _commands(self, node: Tree) -> int:
+        """Commands that compute a node and what only it reads."""
+        if not isinstance(node, Apply) or self.uses[id(node)] > 1:
+            return 0
+        if id(node) not in self.counts:
+            own = node.function not in REINTERPRET
+            self.counts[id(node)] = own + self._left(node, self._first(node))
+        return self.counts[id(node)]
 
     def _pairable(self, node: Tree) -> bool:
         return (

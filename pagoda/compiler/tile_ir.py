@@ -166,6 +166,8 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("shl", "shr", "sra", "idiv", "imod"), ((_I, _I), _I)),
     **dict.fromkeys(("ilt", "ile", "ieq", "ine"), ((_I, _I), _I)),
     "fma": ((_F, _F, _F), _F),  # a * b + c, rounded once
+    "i2fmul": ((_I, _F), _F),  # i2f, then fmul
+    "faddq": ((_F, _F), _I),  # fadd, fround, and as an int8
     "as_int": ((_F,), _I),  # the same 32 bits
     "as_float": ((_I,), _F),
 }

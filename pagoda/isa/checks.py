@@ -23,7 +23,15 @@ from pagoda.isa.chip import Chip
 from pagoda.isa.commands import COUNT_LIMIT, MATRIX_TYPES, SCALAR, Command
 from pagoda.isa.commands import disassemble as command_text
 from pagoda.isa.fault import FaultKind, FaultRaised
-from pagoda.isa.functions import FMA, FMUL, SELECT, VECTOR_FUNCTIONS, vector_operands
+from pagoda.isa.functions import (
+    FMA,
+    FMUL,
+    ONLY_FIRST,
+    ONLY_SECOND,
+    SELECT,
+    VECTOR_FUNCTIONS,
+    vector_operands,
+)
 from pagoda.isa.numbers import DType
 from pagoda.isa.program import Slot
 
@@ -98,7 +106,9 @@ def _vector_codes(chip: Chip, name: str, f: Fields) -> None:
     for code in (f1, f2):
         if code not in VECTOR_FUNCTIONS:
             _bad(name, f"function {code}: no such function")
-    if f1 == FMA or (f2 == FMA and f1 != FMUL) or (f1 == SELECT) != (f2 == SELECT):
+    if f1 in ONLY_SECOND or f2 in ONLY_FIRST:
+        _bad(name, f"functions {f1}, {f2}: fma and faddq are no f1, i2fmul is no f2")
+    if (f2 == FMA and f1 != FMUL) or (f1 == SELECT) != (f2 == SELECT):
         _bad(name, f"functions {f1}, {f2}: fma follows fmul, select stands in both places")
     for operand in vector_operands(f1, f2):
         if f[f"{operand}_kind"] > SCALAR:

@@ -81,9 +81,14 @@ VECTOR_FUNCTIONS = _functions("""
     49 imod    2 8 28 x - y floor(x / y); by 0: x
     56 fma     2 1 7  only as f2 of fmul: a * b + c with one rounding
     57 select  2 1 2  only as f1 and f2 together: a != 0 (as a pattern) ? b : c
+    58 i2fmul  2 1 7  only as f1: x (I32) to F32, times y; rounded twice, as i2f and fmul
+    59 faddq   2 1 7  only as f2: x + y, then the nearest integer in -128..127, ties to even; NaN: 0
 """)
 FUNCTION_CODES = {function.name: function.code for function in VECTOR_FUNCTIONS.values()}
 FMUL, FMA, SELECT = (FUNCTION_CODES[name] for name in ("fmul", "fma", "select"))
+I2FMUL, FADDQ = (FUNCTION_CODES[name] for name in ("i2fmul", "faddq"))
+ONLY_FIRST, ONLY_SECOND = (I2FMUL,), (FMA, FADDQ)
+"""Codes that are no f2, and no f1. select must be both or neither."""
 
 
 def vector_operands(f1: int, f2: int) -> tuple[str, ...]:

@@ -58,13 +58,44 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class InFlight:
+    """A command that was in the window when a fault stopped the launch.
+
+    engine: index into ENGINES; pc: of the store that issued it; entry, start, finish: cycles, start
+    and finish -1 for one that had not started.
+    """
+
+    core: int
+    index: int
+    command: str
+    engine: int
+    pc: int
+    entry: int
+    start: int
+    finish: int
+
+    def describe(self) -> str:
+        """On one line."""
+        work = "waits" if self.start < 0 else f"started {self.start}, until {self.finish}"
+        return (
+            f"core {self.core} {ENGINES[self.engine]:6} {self.command} (command {self.index}, pc "
+            f"{self.pc:#x}): entered {self.entry}, {work}"
+        )
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a launch did: `cycles` from acceptance to the last core's exit (or to the fault)."""
+    """What a launch did: `cycles` from acceptance to the last core's exit (or to the fault).
+
+    trace: of TRACE_DTYPE, if the machine was asked to keep it. in_flight: what the engines were at
+    when it faulted, oldest first, from machines that can tell (the simulator).
+    """
 
     cycles: int
     fault: Fault | None = None
     counters: Counters = field(default_factory=Counters)
-    trace: np.ndarray | None = None  # of TRACE_DTYPE, if the machine was asked to keep it
+    trace: np.ndarray | None = None
+    in_flight: tuple[InFlight, ...] = ()
 
 
 class Interrupted(RuntimeError):

@@ -202,6 +202,7 @@ _FUNCTIONS: dict[str, tuple[type, Callable[..., NDArray]]] = {
         "fceil": numbers.ceil, "ftrunc": numbers.trunc, "fround": numbers.round_even,
         "exp2": tables.exp2, "log2": tables.log2, "recip": tables.reciprocal,
         "rsqrt": tables.rsqrt, "sin2pi": tables.sin2pi, "f2i": numbers.f2i,
+        "faddq": numbers.faddq,
     }.items()
 } | {
     name: (np.int32, function)
@@ -212,6 +213,7 @@ _FUNCTIONS: dict[str, tuple[type, Callable[..., NDArray]]] = {
         "shl": numbers.shl, "shr": numbers.shr, "sra": numbers.sra, "ilt": numbers.lt,
         "ile": numbers.le, "ieq": numbers.eq, "ine": numbers.ne, "irsub": _swapped(numbers.isub),
         "idiv": numbers.idiv, "imod": numbers.imod,
+        "i2fmul": lambda x, y: numbers.i2fmul(x, y.view(np.float32)),
     }.items()
 }  # fmt: skip
 

@@ -326,6 +326,17 @@ def i2f(a: ArrayLike) -> F32:
     return _i32(a).astype(np.float32)
 
 
+def i2fmul(a: ArrayLike, b: ArrayLike) -> F32:
+    """int32 a to binary32, times binary32 b: two roundings."""
+    return fmul(i2f(a), b)
+
+
+def faddq(a: ArrayLike, b: ArrayLike) -> I32:
+    """a + b, correctly rounded, then to the nearest integral value, ties to even, saturated to
+    -128..127; NaN is 0. The sum of a value and its int8 grid's offset, quantised."""
+    return np.clip(f2i(round_even(fadd(a, b))), -128, 127)
+
+
 # --- Comparisons and selection ---------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from pagoda.isa.chip import DRAM_ATOM_BYTES, SLOTS, Chip
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 MAX_SLOT_BYTES = (1 << 32) - 1
 
 

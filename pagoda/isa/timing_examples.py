@@ -81,6 +81,8 @@ EXAMPLES = (
              rows=2, cols=40, f1=2, f2=23),
     _example("edge", "vector", "fmul, fma: 2 * ceil(40 / 16) * 1; 4 + 7 + 7", (6, 18),
              rows=2, cols=40, f1=3, f2=56),
+    _example("edge", "vector", "i2fmul, faddq: 2 * ceil(40 / 16) * 1; 4 + 7 + 7", (6, 18),
+             rows=2, cols=40, f1=58, f2=59),
     _example("tiny", "reduce_rows", "L' = 4: 2 * (ceil(100 / 64) * max(16, 4) + 2 * 16)", (128, 8),
              rows=2, cols=100),
     _example("car", "reduce_rows", "L' = 64: 2 * (ceil(100 / 64) * max(1, 4) + 4 * 1)", (24, 8),

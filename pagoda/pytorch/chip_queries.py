@@ -1,7 +1,8 @@
 """What `torch.pagoda` tells of the chip in use: its name and size, memory, and elapsed time.
 
 The names are those of `torch.cuda`. Memory is counted in DRAM bytes, rounded up to the chip's
-memory atom for each tensor; nothing is kept back for later use, so reserved means allocated.
+memory atom for each tensor. Nothing is kept back for later use, so reserved means allocated; only
+on a device that is shared, a program reserves more than it has allocated.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ class ChipQueries:
         memory.peak = memory.allocated
 
     def memory_reserved(self, device: Any = None) -> int:
-        return self.memory_allocated()
+        return self._opened().memory.reserved
 
     def max_memory_reserved(self, device: Any = None) -> int:
         return self.max_memory_allocated()
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        """(bytes free, bytes of the whole device memory)."""
+        """(bytes that can still be had, bytes that this program may have at most)."""
         memory = self._opened().memory
-        return memory.size - memory.allocated, memory.size
+        return memory.available(), memory.size
 
     def memory_stats(self, device: Any = None) -> dict[str, int | float]:
         """The figures above under torch's names; in how many pieces free memory is, bytes of the
@@ -63,7 +64,7 @@ class ChipQueries:
         return {
             "allocated_bytes.all.current": memory.allocated,
             "allocated_bytes.all.peak": memory.peak,
-            "reserved_bytes.all.current": memory.allocated,
+            "reserved_bytes.all.current": memory.reserved,
             "reserved_bytes.all.peak": memory.peak,
             "free_pieces": memory.free_ranges,
             "largest_free_bytes": memory.largest_free,
@@ -71,7 +72,8 @@ class ChipQueries:
         }
 
     def empty_cache(self) -> None:
-        """Freed memory is never kept back, so there is nothing to empty."""
+        """Give back what is reserved and not allocated: on a shared device, for others."""
+        self._opened().memory.give_back()
 
     def cycles(self) -> int:
         """Cycles that all launches on the chip took so far: its own clock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,39 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchEr
 from pagoda.pytorch import mixing
 
 aten = torch.ops.aten
+
+
+def require_one_device(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Raises RuntimeError if the model or one of its inputs is on the CPU."""
+    places = [_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    named = dict(zip(places, example_inputs, strict=False))
+    named |= {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+    tensors = {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.dim()}
+    on_cpu = [name for name, tensor in tensors.items() if tensor.device.type == "cpu"]
+    if not on_cpu:
+        return
+    if len(on_cpu) == len(tensors):
+        what = (
+            'the model or its inputs are on the CPU. Call model.to("pagoda") first, and move the '
+            'inputs with .to("pagoda").'
+        )
+    else:
+        shown = [f"{name} of shape {tuple(tensors[name].shape)}" for name in on_cpu[:3]]
+        more = f" (and {len(on_cpu) - 3} more)" if len(on_cpu) > 3 else ""
+        what = (
+            f'these tensors are on the CPU: {", ".join(shown)}{more}. Move them with .to("pagoda").'
+        )
+    raise RuntimeError(
+        f'torch.compile(..., backend="pagoda") compiles for device "pagoda", but {what}'
+    )
+
+
+def _source(node: torch.fx.Node) -> str:
+    """What an argument of a graph is called where it comes from, as `self.norm.weight`."""
+    given = node.meta.get("grapharg")
+    name = node.name if given is None else given.source.name
+    name = re.sub(r"^[LG]\['(\w+)'\]", r"\1", name)
+    return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
 
 
 def bring_over(graph: torch.fx.Graph) -> None:

@@ -26,8 +26,9 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from pagoda.pytorch import composed, device, guards, mixing, sorting
+from pagoda.pytorch import composed, device, guards, mixing
 from pagoda.pytorch.errors import Unsupported
+from pagoda.pytorch.grouped import grouped_mm
 from pagoda.pytorch.matmul_precision import matmul_precision
 from pagoda.pytorch.storage import host_alias
 
@@ -43,8 +44,8 @@ HOST_ALLOWED: dict[str, str] = {
         "random numbers come from the host's generator",
     ),
     **dict.fromkeys(
-        ("aten.nonzero", "aten.sort", "aten.topk", "aten._unique", "aten._unique2",
-         "aten.unique_dim", "aten.unique_consecutive"),
+        ("aten.nonzero", "aten._unique", "aten._unique2", "aten.unique_dim",
+         "aten.unique_consecutive"),
         "bookkeeping on small tensors",
     ),
 }  # fmt: skip
@@ -160,7 +161,7 @@ def runs_on_host(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         isinstance(a, torch.Generator) for a in (*args, *kwargs.values())
     ):
         return False
-    return _packet(op) in HOST_ALLOWED and not _short_rows(op, args, kwargs)
+    return _packet(op) in HOST_ALLOWED
 
 
 def require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -175,17 +176,6 @@ def require_types(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
                 f"compute with it. Use {_STORED_ONLY[kind]}: convert tensors with .to(dtype) "
                 "before they are moved to the device."
             )
-
-
-def _short_rows(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether this sorts rows that are short enough for the chip."""
-    if op.overloadpacket not in (aten.sort, aten.topk):
-        return False
-    if not args[0].dim():
-        return True
-    position = [a.name for a in op._schema.arguments].index("dim")
-    dim = args[position] if position < len(args) else kwargs.get("dim", -1)
-    return args[0].shape[dim] <= sorting.LIMIT
 
 
 def _has_empty_result(op: Any, kwargs: dict[str, Any]) -> bool:
@@ -509,8 +499,11 @@ def _register() -> None:
         rest = ([grad.shape[1]], stride, padding, dilation, transposed, extra, groups, mask)
         return run(aten.convolution_backward.default, (grad, x, weight, *rest), {})
 
-    def grouped(*args, **kwargs):  # torch's own would read the groups' ends on the host
-        return run(aten._grouped_mm.default, args, kwargs)
+    def grouped(*args, **kwargs):
+        # torch's own would read the groups' ends on the host, and its rule for the result's shape
+        # is that of CUDA's kernel: bfloat16 only.
+        result = grouped_mm(*args, **kwargs)
+        return run(aten._grouped_mm.default, args, kwargs) if result is NotImplemented else result
 
     disabled = torch._disable_dynamo
     _library.impl("_grouped_mm", disabled(grouped), "PrivateUse1")

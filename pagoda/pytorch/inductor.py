@@ -177,16 +177,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
 
 def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable:
     """`torch.compile(model, backend="pagoda")`. Raises RuntimeError for a model on the CPU."""
-    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
-    tensors += [*gm.parameters(), *gm.buffers()]
-    kinds = {t.device.type for t in tensors if t.dim() > 0}
-    if "cpu" in kinds:
-        where = "on the CPU" if kinds == {"cpu"} else "partly on the CPU"
-        raise RuntimeError(
-            f'torch.compile(..., backend="pagoda") compiles for device "pagoda", but the model or '
-            f'its inputs are {where}. Call model.to("pagoda") first, and move the inputs with '
-            f'.to("pagoda").'
-        )
+    compiled_mixing.require_one_device(gm, example_inputs)
     qdq.use_int8(gm, example_inputs)
     return compile_graph(gm, example_inputs)
 

@@ -1,11 +1,15 @@
 """Quantised graphs as torch.export and torchao write them, on the int8 array.
 
-    dequantize(x) -> convolution or linear(., dequantize(w)) becomes the int8 operation of `int8`,
+    dequantize(x) -> convolution or linear(., dequantize(w)) becomes the int8 operation of `int8`
 
-in units of x's scale times w's: what follows (bias, activation, quantize) is fused into its kernel
-like any pointwise operation. x int8 or uint8 with any zero point, one scale; w int8 with a scale
-for all or per output channel, symmetric. The sums are exact, where the graph as it is written would
-multiply dequantised floats and round each step. Anything else is left as it is.
+with the bias as its offset; and if nothing but a quantize to int8 with one scale reads the result,
+perhaps through a ReLU, that too: the ReLU is a bound then, none if the zero point is -128. Anything
+else that follows is fused into the kernel like any pointwise operation. x int8 or uint8 with any
+zero point, one scale; w int8 with a scale for all or per output channel, symmetric.
+
+The sums are exact, where the graph as it is written would multiply dequantised floats and round
+each step; the zero point of a result is added before it is rounded. So values near the middle of
+two steps may go to the other one. Anything else is left as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ from pagoda.pytorch.int8 import INT8_MIN
 
 _PER_TENSOR = "quantized_decomposed.dequantize_per_tensor"
 _PER_CHANNEL = "quantized_decomposed.dequantize_per_channel"
+_QUANTIZE = "quantized_decomposed.quantize_per_tensor"
+_RELUS = ("relu", "aten.relu", "relu_", "aten.relu_")
+_Quantised = tuple[float, int, int, int]
+"""Of an int8 result: scale, zero point, bounds."""
 
 
 def dequantised_convolution(
@@ -33,16 +41,16 @@ def dequantised_convolution(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    quantised: _Quantised | None = None,
 ) -> torch.Tensor:
-    """conv2d of (x - x_zero_point) x_scale and w w_scale, + bias, in float32. x int8 or uint8,
-    [n, c, h, w]; w int8; w_scale a number or one per output channel."""
+    """conv2d of (x - x_zero_point) x_scale and w w_scale, + bias, in float32 or quantised to int8.
+    x int8 or uint8, [n, c, h, w]; w int8; w_scale a number or one per output channel."""
     x, zero_point = _signed(x, x_zero_point)
     steps = (_pair(stride), _pair(padding), _pair(dilation), groups)
     scale = _scales(w, x_scale, w_scale)
-    y = torch.ops.pagoda.convolution_int8(
-        x, w, scale, _correction(w, zero_point), *steps, zero_point, torch.float32
-    )
-    return y if bias is None else y + bias.float().view(-1, 1, 1)
+    scale, offset, *end = _end(scale, _offset(w, scale, bias, zero_point), quantised)
+    return torch.ops.pagoda.convolution_int8(x, w, scale, offset, *steps, zero_point, *end)
 
 
 def dequantised_linear(
@@ -52,13 +60,16 @@ def dequantised_linear(
     w: torch.Tensor,
     w_scale: Any,
     bias: torch.Tensor | None = None,
+    *,
+    quantised: _Quantised | None = None,
 ) -> torch.Tensor:
-    """linear of (x - x_zero_point) x_scale and w w_scale, + bias, in float32. x int8 or uint8
-    [..., k]; w int8 [o, k]; scale and zero point of x may be tensors, found as the model runs."""
+    """linear of (x - x_zero_point) x_scale and w w_scale, + bias, in float32 or quantised to int8.
+    x int8 or uint8 [..., k]; w int8 [o, k]; scale and zero point of x may be tensors, found as the
+    model runs."""
     x, zero_point = _signed(x, x_zero_point)
     scale = _scales(w, x_scale, w_scale)
-    y = torch.ops.pagoda.linear_int8(x, w, scale, _correction(w, zero_point), torch.float32)
-    return y if bias is None else y + bias.float()
+    scale, offset, *end = _end(scale, _offset(w, scale, bias, zero_point), quantised)
+    return torch.ops.pagoda.linear_int8(x, w, scale, offset, *end)
 
 
 def _signed(x: torch.Tensor, zero_point: Any) -> tuple[torch.Tensor, Any]:
@@ -72,12 +83,30 @@ def _scales(w: torch.Tensor, x_scale: Any, w_scale: Any) -> torch.Tensor:
     return ones * x_scale * w_scale
 
 
-def _correction(w: torch.Tensor, zero_point: Any) -> torch.Tensor | None:
-    """What a zero point of x adds to each sum too much."""
+def _offset(
+    w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, zero_point: Any
+) -> torch.Tensor | None:
+    """The bias, less what a zero point of x adds to each result. In float32: the sums are exact,
+    and zero points may be found as the model runs."""
+    offset = None if bias is None else bias.float()
     if not isinstance(zero_point, torch.Tensor) and zero_point == 0:
-        return None
-    sums = w.flatten(1).sum(1, dtype=torch.int32)
-    return (-sums * zero_point).to(torch.int32)
+        return offset
+    sums = w.flatten(1).sum(1, dtype=torch.int32) * zero_point
+    excess = sums.to(torch.float32) * scale
+    return -excess if offset is None else offset - excess
+
+
+def _end(
+    scale: torch.Tensor, offset: torch.Tensor | None, quantised: _Quantised | None
+) -> tuple[Any, ...]:
+    """Scale, offset, type and bounds of a result."""
+    if quantised is None:
+        return scale, offset, torch.float32
+    step, zero_point, low, high = quantised
+    offset = None if offset is None else offset / step
+    if zero_point:
+        offset = torch.full_like(scale, zero_point) if offset is None else offset + zero_point
+    return scale / step, offset, torch.int8, low, high
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -114,10 +143,36 @@ def use_int8(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             new.meta.update(node.meta)  # which says what layer and line it is of
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+        _quantise(gm.graph, new)
         changed = True
     if changed:
         gm.graph.eliminate_dead_code()
         gm.recompile()
+
+
+def _quantise(graph: fx.Graph, layer: fx.Node) -> None:
+    """Make the quantize that alone reads a layer's result, or the ReLU of it, the layer's own."""
+    user = _only_user(layer)
+    relu = user if _name(user) in _RELUS and len(user.args) == 1 else None
+    quantize = user if relu is None else _only_user(relu)
+    if _name(quantize) != _QUANTIZE or quantize.kwargs or quantize.args[5] != torch.int8:
+        return
+    _, scale, zero_point, low, high, _ = quantize.args
+    if not all(isinstance(number, (int, float)) for number in (scale, zero_point, low, high)):
+        return
+    if relu is not None:
+        low = max(low, zero_point)
+    layer.kwargs = {**layer.kwargs, "quantised": (scale, zero_point, low, high)}
+    values = {key: quantize.meta[key] for key in ("example_value", "val") if key in quantize.meta}
+    layer.meta.update(values)
+    quantize.replace_all_uses_with(layer)
+    graph.erase_node(quantize)
+    if relu is not None:
+        graph.erase_node(relu)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _name(node: Any) -> str:

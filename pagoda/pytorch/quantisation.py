@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from pagoda.pytorch.int8 import INT8_MAX, INT8_MIN, bias_for
+from pagoda.pytorch.int8 import INT8_MAX, INT8_MIN, offset_for
 
 _CARRIERS = (nn.MaxPool2d, nn.Identity, nn.Dropout, nn.Flatten)
 _CARRYING = (torch.flatten,)
@@ -38,10 +38,10 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add)
 def quantize_tensor(
     x: torch.Tensor, scale: float | torch.Tensor, zero_point: int = 0
 ) -> torch.Tensor:
-    """int8: clamp(round(x * (1 / scale)) + zero_point, -128, 127); to nearest, ties to even."""
-    q = torch.round(x.float() * (1 / scale))
+    """int8: clamp(round(x * (1 / scale) + zero_point), -128, 127); to nearest, ties to even."""
+    q = x.float() * (1 / scale)
     q = q + zero_point if zero_point else q
-    return torch.clamp(q, INT8_MIN, INT8_MAX).to(torch.int8)
+    return torch.clamp(torch.round(q), INT8_MIN, INT8_MAX).to(torch.int8)
 
 
 def dequantize_tensor(q: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
@@ -50,9 +50,8 @@ def dequantize_tensor(q: torch.Tensor, scale: float, zero_point: int = 0) -> tor
 
 
 def add_and_quantize(y: torch.Tensor, other: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """int8: clamp(round(y) + other, low, high) of float y, below 2^31, and int8 other."""
-    total = torch.round(y).to(torch.int32) + other.to(torch.int32)
-    return torch.clamp(total, low, high).to(torch.int8)
+    """int8: clamp(round(y + other), low, high) of float y and int8 other; ties to even."""
+    return torch.clamp(torch.round(y + other.float()), low, high).to(torch.int8)
 
 
 def _scale(magnitude: float, steps: int = INT8_MAX) -> float:
@@ -60,8 +59,8 @@ def _scale(magnitude: float, steps: int = INT8_MAX) -> float:
 
 
 class _Layer(nn.Module):
-    """Weight and bias of a quantised layer, and what it gives (`end`): floats, or int8 values. Made
-    on the CPU, where there is float64."""
+    """Weight, scale and offset of a quantised layer, and what it gives (`end`): floats, or int8
+    values. Made on the CPU, where there is float64."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input_scale: float, input_zero_point: int):
         super().__init__()
@@ -72,25 +71,22 @@ class _Layer(nn.Module):
         q = torch.clamp(torch.round(weight / each), INT8_MIN, INT8_MAX).to(torch.int8)
         if q.dim() == 4:
             q = q.contiguous(memory_format=torch.channels_last)
-        sums = scales * input_scale
-        bias = None if layer.bias is None else layer.bias.detach().cpu()
+        bias = None if layer.bias is None else layer.bias.detach().cpu().double()
         self.register_buffer("weight", q)
-        self.register_buffer("scale", sums)
-        self.register_buffer("bias", bias_for(q, bias, sums, input_zero_point))
         self.input_scale, self.input_zero_point = input_scale, input_zero_point
-        self.end: tuple[Any, ...] = (layer.weight.dtype, 0, INT8_MIN, INT8_MAX)
+        self._sums, self._bias = scales * input_scale, bias
+        self.give(layer.weight.dtype, 1.0)
 
-    def give(self, scale: float, shift: int = 0) -> None:
-        """float32 results in units of `scale`, with `shift` units, a part of the bias, added."""
-        if shift:
-            units = torch.round(shift * scale / self.scale.double()).to(torch.int32)
-            self.bias = units if self.bias is None else self.bias + units
-        self.scale = self.scale / scale
-        self.end = (torch.float32, *self.end[1:])
-
-    def give_int8(self, scale: float, zero_point: int, low: int, high: int) -> None:
-        self.give(scale, zero_point)
-        self.end = (torch.int8, 0, low, high)
+    def give(
+        self, dtype: torch.dtype, scale: float, shift: int = 0, low: int = INT8_MIN,
+        high: int = INT8_MAX,
+    ) -> None:  # fmt: skip
+        """Results in units of `scale`, with `shift` units added; low, high: of int8 ones."""
+        sums, bias = self._sums / scale, None if self._bias is None else self._bias / scale
+        offset = offset_for(self.weight, sums, bias, self.input_zero_point, shift)
+        self.register_buffer("scale", sums)
+        self.register_buffer("offset", None if offset is None else offset.float())
+        self.end: tuple[Any, ...] = (dtype, low, high)
 
     def quantised(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.int8:
@@ -106,7 +102,7 @@ class QuantizedLinear(_Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.pagoda.linear_int8(
-            self.quantised(x), self.weight, self.scale, self.bias, *self.end
+            self.quantised(x), self.weight, self.scale, self.offset, *self.end
         )
 
 
@@ -121,7 +117,7 @@ class QuantizedConv2d(_Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         steps = self.stride, self.padding, self.dilation, self.groups
         return torch.ops.pagoda.convolution_int8(
-            self.quantised(x), self.weight, self.scale, self.bias, *steps,
+            self.quantised(x), self.weight, self.scale, self.offset, *steps,
             self.input_zero_point, *self.end,
         )
 
@@ -142,14 +138,14 @@ class DynamicQuantizedLinear(_Layer):
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer, 1.0, 0)
-        self.bias = None if layer.bias is None else layer.bias.detach().cpu()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         magnitude = x.abs().amax().float()
         scale = torch.where(magnitude > 0, magnitude / INT8_MAX, 1.0)
         q = quantize_tensor(x, scale)
-        y = torch.ops.pagoda.linear_int8(q, self.weight, self.scale * scale, None, torch.float32)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        scales = self.scale * scale
+        y = torch.ops.pagoda.linear_int8(q, self.weight, scales, self.offset, torch.float32)
+        return y.to(x.dtype)
 
 
 # The public call ----------------------------------------------------------------------------------
@@ -469,12 +465,13 @@ class _Rewriting:
             if self._is(node, (nn.ReLU6,), (F.relu6,), ()):
                 high = min(high, round(6 / grid.scale) + grid.zero_point)
         if value in self.made and self._float_is_unused(node):
-            self.made[value].give_int8(grid.scale, grid.zero_point, low, high)
+            self.made[value].give(torch.int8, grid.scale, grid.zero_point, low, high)
             return value
         if value in self.sums:
             found = self.sums[value]
             q, other = self._as_int8(found.other), self.grids[self._source(found.other)]
-            self.made[found.layer].give(grid.scale, grid.zero_point - other.zero_point)
+            shift = grid.zero_point - other.zero_point
+            self.made[found.layer].give(torch.float32, grid.scale, shift)
             return self._after(node, add_and_quantize, found.layer, q, low, high)
         return self._after(node, quantize_tensor, node, grid.scale, grid.zero_point)
 

@@ -1,18 +1,21 @@
 """Sorting by rank: where an element goes is the number of elements before it.
 
-Quadratic in the length of a row, but plain loop nests: meant for experts, beams and positions, not
-for vocabularies.
+That is quadratic in the length of a row, but plain loop nests, and right for experts, beams and
+positions. Rows as long as a vocabulary are sorted in blocks, which `long_sorting` merges.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from pagoda.pytorch import long_sorting
+from pagoda.pytorch.in_memory import in_memory
 from pagoda.pytorch.scans import highest
 
-LIMIT = 2048  # longer rows are refused
+LIMIT = 2048  # longer rows are sorted in blocks
 _FEW = 64  # up to so many are looked for one by one
 
 
@@ -37,20 +40,37 @@ def _ranks(row: torch.Tensor, descending: bool) -> torch.Tensor:
     return (first | ((other == mine) & earlier)).sum(-1)
 
 
+def _first(row: torch.Tensor, count: Any, descending: bool) -> torch.Tensor:
+    """The places of the first `count` elements of the last dimension, in order."""
+    ranks = _ranks(row, descending)
+    places = torch.arange(row.shape[-1], device=row.device)
+    if isinstance(count, int) and count <= _FEW:
+        wanted = torch.arange(count, device=row.device)[:, None]
+        return torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
+    return torch.zeros_like(ranks).scatter(-1, ranks, places.expand(row.shape))[..., :count]
+
+
+def _first_of_long(row: torch.Tensor, count: int, descending: bool) -> torch.Tensor:
+    """As `_first`, compiled for one size."""
+    *several, length = map(int, row.shape)
+    keys = _keys(row) if row.is_floating_point() else row.int()
+    keys = in_memory((~keys if descending else keys).reshape(math.prod(several), length))
+    if count <= _FEW:
+        first = long_sorting.best(keys, count, lambda k, n: _first(k, n, False), LIMIT)
+    else:
+        first = long_sorting.order(keys, lambda k: _ranks(k, False))[:, :count]
+    return first.long().view(*several, count)
+
+
 def _picked(x: torch.Tensor, count: Any, dim: int, descending: bool) -> Any:
     if x.dim() == 0:
         return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
     row = x.movedim(dim, -1)
-    if row.shape[-1] > LIMIT:
-        return NotImplemented
-    ranks = _ranks(row, descending)
-    places = torch.arange(row.shape[-1], device=x.device)
-    if isinstance(count, int) and count <= _FEW:
-        wanted = torch.arange(count, device=x.device)[:, None]
-        indices = torch.where(ranks[..., None, :] == wanted, places, 0).sum(-1)
-    else:
-        places = places.expand(row.shape)
-        indices = torch.zeros_like(ranks).scatter(-1, ranks, places)[..., :count]
+    indices = (
+        _first(row, count, descending)
+        if row.shape[-1] <= LIMIT
+        else _first_of_long(row, int(count), descending)
+    )
     values = row.gather(-1, indices)
     return values.movedim(-1, dim).contiguous(), indices.movedim(-1, dim).contiguous()
 
@@ -74,8 +94,6 @@ def _at(x: torch.Tensor, dim: int, keepdim: bool, place: Any) -> Any:
     if x.dim() == 0:
         return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
     ordered = _picked(x, x.shape[dim], dim, False)
-    if ordered is NotImplemented:
-        return NotImplemented
     where = place(ordered[0].movedim(dim, -1)).unsqueeze(-1).movedim(-1, dim)
     found = [t.gather(dim, where) for t in ordered]
     return tuple(found) if keepdim else tuple(t.squeeze(dim) for t in found)
@@ -110,17 +128,12 @@ def nanmedian_along(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> An
     return _at(x, dim, keepdim, place)
 
 
-def _of_all(along: Any, x: torch.Tensor) -> Any:
-    found = along(x.reshape(-1), 0)
-    return found if found is NotImplemented else found[0]
+def median(x: torch.Tensor) -> torch.Tensor:
+    return median_along(x.reshape(-1), 0)[0]
 
 
-def median(x: torch.Tensor) -> Any:
-    return _of_all(median_along, x)
-
-
-def nanmedian(x: torch.Tensor) -> Any:
-    return _of_all(nanmedian_along, x)
+def nanmedian(x: torch.Tensor) -> torch.Tensor:
+    return nanmedian_along(x.reshape(-1), 0)[0]
 
 
 def mode(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:

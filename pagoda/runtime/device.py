@@ -124,7 +124,8 @@ class Device:
         for listener in self._listeners:
             listener(LaunchRecord(program, result, calls))
         if result.fault is not None:
-            raise DeviceFault(_explain(program, result.fault, tensor_at), result.fault)
+            message = _explain(program, result.fault, tensor_at)
+            raise DeviceFault(message, result.fault, result.in_flight)
         return result
 
     @contextmanager

@@ -1,17 +1,24 @@
 """What goes wrong on a device, as Python exceptions."""
 
+from collections.abc import Sequence
+
 from pagoda.isa import Fault
+from pagoda.isa.machine import InFlight
 
 
 class DeviceFault(RuntimeError):
     """A launch stopped; the message names kernel, source line, tensor and offset where known.
 
-    The device stays usable: memory keeps what the launch had written before.
+    The device stays usable: memory keeps what the launch had written before. in_flight: what the
+    engines were at; a note of the exception, which tracebacks show, lists it.
     """
 
-    def __init__(self, message: str, fault: Fault) -> None:
+    def __init__(self, message: str, fault: Fault, in_flight: Sequence[InFlight] = ()) -> None:
         super().__init__(message)
-        self.fault = fault
+        self.fault, self.in_flight = fault, tuple(in_flight)
+        if in_flight:
+            lines = "".join(f"\n  {each.describe()}" for each in in_flight)
+            self.add_note(f"engines at cycle {fault.cycle}:{lines}")
 
 
 class DeviceLost(RuntimeError):

@@ -109,6 +109,18 @@ class Allocator:
         return self._used[address]
 
     @property
+    def reserved(self) -> int:
+        """Bytes that nobody else can have: those handed out, and what is kept for later use."""
+        return self.allocated
+
+    def available(self) -> int:
+        """Bytes that can still be allocated, though perhaps not in one piece."""
+        return self.size - self.allocated
+
+    def give_back(self) -> None:
+        """Keep no memory for later use."""
+
+    @property
     def free_ranges(self) -> int:
         """How many pieces free memory is in: 1 is unfragmented."""
         return len(self._free)
@@ -141,6 +153,9 @@ class Owner(Protocol):
     def grant(self, nbytes: int, released: list[tuple[int, int]]) -> tuple[int, int]:
         """Takes ranges (start, bytes) back and grants a new one, of at least `nbytes`. Raises
         OutOfDeviceMemory, having taken them back all the same."""
+
+    def left(self) -> int:
+        """Bytes that are granted to nobody."""
 
     def release(self, released: list[tuple[int, int]]) -> bool:
         """Takes ranges back; False if it cannot be asked at this moment, and has not."""
@@ -184,6 +199,15 @@ class GrantedAllocator(Allocator):
         kept = max(self.allocated, _KEPT_UNITS * self._unit)
         if self.granted - self.allocated > kept:
             self.give_back()
+
+    @property
+    def reserved(self) -> int:
+        """Bytes granted."""
+        return self.granted
+
+    def available(self) -> int:
+        """See `Allocator.available`: what others leave, too."""
+        return self.granted - self.allocated + min(self.size - self.granted, self._owner.left())
 
     def give_back(self) -> None:
         """Give all units back in which nothing is allocated, if no call is at work."""

@@ -9,9 +9,9 @@ number of cores and costs cycles x cores, known when it has ended. Hence start-t
   tag goes first, ties in the order of joining.
 - A level's *virtual time* is the smallest tag when a launch of it last started; when a level falls
   idle, the largest tag in it. A tenant that was idle starts at the virtual time if its own tag is
-  behind: no credit for the past. A name that leaves and joins again keeps its tag. One that runs
-  all the time and still falls behind has too few cores for its share; what it may catch up later
-  is limited to the largest launch on each core.
+  behind: no credit for the past. A name that leaves and joins again keeps its tag. One that is
+  never idle and still falls behind has too few cores for its share, or asks late; what it may
+  catch up is limited to the largest launch on each core.
 - Priorities are levels, shared out in the same way one storey up (hierarchical fair queueing:
   Goyal, Guo, Vin, OSDI 1996). A level weighs LEVEL_RATIO times the next lower one that has
   tenants: it is served first until it has had 16 times as much, then the lower one has its
@@ -63,17 +63,22 @@ class Tenant:
     last_cores: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.priority not in PRIORITIES:
-            raise TenantError(
-                f"priority of {self.name!r}: must be an integer from {PRIORITIES[0]} to "
-                f"{PRIORITIES[-1]} (higher goes first), got {self.priority!r}; 0 is the usual one"
-            )
-        low, high = WEIGHTS
-        if not (math.isfinite(self.weight) and low <= self.weight <= high):
-            raise TenantError(
-                f"weight of {self.name!r}: must be from {low:g} to {high:g}, got {self.weight!r}; "
-                "1 is the usual one, and 2 gets twice its share"
-            )
+        check_share(self.name, self.priority, self.weight)
+
+
+def check_share(name: str, priority: int, weight: float) -> None:
+    """Raises TenantError for what no tenant can have."""
+    if priority not in PRIORITIES:
+        raise TenantError(
+            f"priority of {name!r}: must be an integer from {PRIORITIES[0]} to {PRIORITIES[-1]} "
+            f"(higher goes first), got {priority!r}; 0 is the usual one"
+        )
+    low, high = WEIGHTS
+    if not (math.isfinite(weight) and low <= weight <= high):
+        raise TenantError(
+            f"weight of {name!r}: must be from {low:g} to {high:g}, got {weight!r}; 1 is the usual "
+            "one, and 2 gets twice its share"
+        )
 
 
 class Start(NamedTuple):
@@ -136,19 +141,15 @@ class Policy:
         if not tenant.running:
             self._remove(tenant)
 
-    def request(self, tenant: Tenant) -> None:
-        """One more launch of this tenant waits."""
+    def request(self, tenant: Tenant, late: bool = False) -> None:
+        """One more launch of this tenant waits. late: it was given up, but a moment ago only, so
+        it keeps what credit it has."""
         level = self._levels[tenant.priority]
         if not (tenant.requests or tenant.running or tenant.awaited):
-            if not level.active:
-                if not any(other.active for other in self._levels.values()):
-                    self._virtual = max(
-                        self._virtual, *(other.tag for other in self._levels.values())
-                    )
-                level.virtual = max(level.virtual, *(t.tag for t in level.members))
-                level.departed.clear()
-                level.tag = max(level.tag, self._virtual)
-            tenant.tag = max(tenant.tag, level.virtual)
+            if late:
+                self._limit_credit(tenant, level)
+            else:
+                self._begin(tenant, level)
         tenant.requests += 1
         tenant.awaited = False
         if not tenant.running:
@@ -166,7 +167,7 @@ class Policy:
         None: nothing can start before the next event. `Await`: nor does it, but something could
         if the tenants that are awaited were given up (`give_up`).
         """
-        if not any(tenant.requests for tenant in self._candidates):
+        if not self.free or not any(tenant.requests for tenant in self._candidates):
             return None
         free, awaited = self.free, []
         line = self.waiting()
@@ -197,10 +198,7 @@ class Policy:
         tenant.tag += int(cost * _UNIT / tenant.weight)
         level.tag += (cost - tenant.expected) * level.charge
         tenant.expected = cost
-        if tenant.tag < level.virtual or level.tag < self._virtual:
-            credit = self.cores * max(t.expected for t in level.members)
-            tenant.tag = max(tenant.tag, level.virtual - int(credit * _UNIT / tenant.weight))
-            level.tag = max(level.tag, self._virtual - credit * level.charge)
+        self._limit_credit(tenant, level)
         self.free = sorted([*self.free, *tenant.running])
         tenant.running = ()
         if not tenant.member:
@@ -222,6 +220,23 @@ class Policy:
             for tenant in list(level.members):
                 if tenant.running:
                     self.finish(tenant, tenant.expected // tenant.cores)
+
+    def _begin(self, tenant: Tenant, level: _Level) -> None:
+        """A tenant that was idle asks: nothing it did not use before counts."""
+        if not level.active:
+            levels = self._levels.values()
+            if not any(other.active for other in levels):
+                self._virtual = max(self._virtual, *(other.tag for other in levels))
+            level.virtual = max(level.virtual, *(t.tag for t in level.members))
+            level.departed.clear()
+            level.tag = max(level.tag, self._virtual)
+        tenant.tag = max(tenant.tag, level.virtual)
+
+    def _limit_credit(self, tenant: Tenant, level: _Level) -> None:
+        if tenant.tag < level.virtual or level.tag < self._virtual:
+            credit = self.cores * max(t.expected for t in level.members)
+            tenant.tag = max(tenant.tag, level.virtual - int(credit * _UNIT / tenant.weight))
+            level.tag = max(level.tag, self._virtual - credit * level.charge)
 
     def _weigh(self) -> None:
         """Levels have come or gone: new charges. How many core-cycles a level is ahead stays."""

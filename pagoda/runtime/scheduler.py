@@ -4,6 +4,7 @@ One lock, and for each waiting thread a lock of its own to sleep on: whoever cha
 the policy and wakes exactly those threads whose turn it is. No thread belongs to the scheduler.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from pagoda.runtime.policy import Await, Policy, Start
 # half of the time is lost to waiting for those that come back late, and those are not awaited again
 # before they have come back in time.
 PATIENCE_SECONDS = 0.002
+# One that comes back later than that, but within this time, was not idle: it keeps its credit.
+GRACE_SECONDS = 0.02
 
 
 class TenantGone(RuntimeError):
@@ -42,7 +45,8 @@ class Tenant(policy.Tenant):
         self.waits = 0  # turns that had to wait
         self.waited_seconds = 0.0
         self.prompt = True  # it came back in time after its last launch
-        self.awaited_until = 0.0  # of the last launch, whether it was awaited or not
+        self.ended = -math.inf  # its last launch
+        self.awaited_until = -math.inf  # after that, whether it was awaited or not
 
 
 class Turn:
@@ -195,7 +199,7 @@ class Scheduler:
             if not (tenant.requests or tenant.running):
                 tenant.prompt = turn.asked <= tenant.awaited_until or not tenant.launches
             self._awaited.pop(tenant, None)
-            self._policy.request(tenant)
+            self._policy.request(tenant, late=turn.asked <= tenant.ended + GRACE_SECONDS)
             tenant.turns.append(turn)
             turn.bell = threading.Lock()
             turn.bell.acquire()
@@ -242,6 +246,7 @@ class Scheduler:
         tenant.cycles += turn.cycles
         tenant.core_cycles += turn.cycles * len(turn.cores)
         self._core_cycles += turn.cycles * len(turn.cores)
+        tenant.ended = now
         tenant.awaited_until = now + min(PATIENCE_SECONDS, now - turn.started)
         self._policy.finish(tenant, turn.cycles, returns=tenant.prompt)
         if tenant.awaited:

@@ -12,7 +12,7 @@ from pagoda.isa.fault import FaultKind
 from pagoda.sim import details
 from pagoda.sim.convert import BF16, F32, I4, I8, I32, U8, element_bytes, is_float, row_bytes
 from pagoda.sim.dma import ATOM_SHIFT, atoms_of, ceil_div, load_time, merged, store_time
-from pagoda.sim.functions import COST, FMA, FMUL, LATENCY, OPERANDS, SELECT
+from pagoda.sim.functions import COST, FADDQ, FMA, FMUL, I2FMUL, LATENCY, OPERANDS, SELECT
 from pagoda.sim.jit import jit, load_i32
 from pagoda.sim.layout import (
     ACC_BANK_SHIFT,
@@ -439,6 +439,8 @@ def _prepare_vector(st, e):
         return fail(st, BAD_FIELD, details.RESERVED, 1, types)
     f1, f2 = st[f] & 0xFF, st[f] >> 8
     if OPERANDS[f1] == 0 or OPERANDS[f2] == 0 or f1 == FMA or (f2 == FMA and f1 != FMUL):
+        return fail(st, BAD_FIELD, details.FUNCTIONS, f1, f2)
+    if f1 == FADDQ or f2 == I2FMUL:
         return fail(st, BAD_FIELD, details.FUNCTIONS, f1, f2)
     if (f1 == SELECT) != (f2 == SELECT):
         return fail(st, BAD_FIELD, details.FUNCTIONS, f1, f2)

@@ -55,6 +55,7 @@ from pagoda.sim.numbers import (
     float_max,
     float_min,
     float_to_int,
+    float_to_int8,
     floor_quotient,
     floor_remainder,
     log2_index,
@@ -76,7 +77,7 @@ MOV, FADD, FSUB, FMUL, FDIV, FMAX, FMIN, FRSUB, FRDIV, FLT, FLE, FEQ, FNE, FGT, 
     IADD, ISUB, IMUL, IMAX, IMIN, AND, OR, XOR, SHL, SHR, SRA, ILT, ILE, IEQ, INE, IRSUB, IDIV,
     IMOD,
 ) = range(32, 50)  # fmt: skip
-FMA, SELECT = 56, 57
+FMA, SELECT, I2FMUL, FADDQ = range(56, 60)
 
 
 def _by_code(*groups: tuple[int, tuple[int, ...]]) -> np.ndarray:
@@ -87,7 +88,7 @@ def _by_code(*groups: tuple[int, tuple[int, ...]]) -> np.ndarray:
 
 
 UNARY_CODES = (MOV, *range(FNEG, I2B + 1))
-BINARY_CODES = (*range(FADD, FGE + 1), *range(IADD, IMOD + 1), FMA, SELECT)
+BINARY_CODES = (*range(FADD, FGE + 1), *range(IADD, IMOD + 1), *range(FMA, FADDQ + 1))
 # Operands of a code, 0 for no function; cycles a group of lanes takes; latency in the tail.
 OPERANDS = _by_code((1, UNARY_CODES), (2, BINARY_CODES))
 COST = _by_code(
@@ -98,6 +99,7 @@ COST = _by_code(
 LATENCY = _by_code(
     (2, (*UNARY_CODES, *BINARY_CODES)),
     (7, (FADD, FSUB, FRSUB, FMUL, FFLOOR, FCEIL, FTRUNC, FROUND, F2I, I2F, IMUL, FMA)),
+    (7, (I2FMUL, FADDQ)),
     (16, (EXP2, LOG2, RECIP, RSQRT, SIN2PI)),
     (28, (FDIV, FRDIV, FSQRT, IDIV, IMOD)),
 )
@@ -245,6 +247,12 @@ def apply_float(code, r, x, y, n):
     elif code == FNE:
         for i in range(n):
             store_i32(r, i, np.int32(load_f32(x, i) != load_f32(y, i)))
+    elif code == I2FMUL:
+        for i in range(n):
+            store_f32(r, i, canonical(np.float32(load_i32(x, i)) * load_f32(y, i)))
+    elif code == FADDQ:
+        for i in range(n):
+            store_i32(r, i, float_to_int8(load_f32(x, i) + load_f32(y, i)))
 
 
 @jit
@@ -317,7 +325,7 @@ def apply_binary(code, r, x, y, n):
         else:
             code = ISUB
         x, y = y, x
-    if code < IADD:
+    if code < IADD or code >= I2FMUL:
         apply_float(code, r, x, y, n)
     else:
         apply_int(code, r, x, y, n)

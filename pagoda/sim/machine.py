@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +17,16 @@ from numpy.typing import NDArray
 
 from pagoda.isa import timing
 from pagoda.isa.chip import DRAM_ATOM_BYTES, Chip
+from pagoda.isa.commands import COMMANDS
 from pagoda.isa.fault import Fault, FaultKind
-from pagoda.isa.machine import TRACE_DTYPE, Counters, Interrupted, MachineBase, Result
+from pagoda.isa.machine import (
+    TRACE_DTYPE,
+    Counters,
+    InFlight,
+    Interrupted,
+    MachineBase,
+    Result,
+)
 from pagoda.isa.program import Launch
 from pagoda.sim import layout as at
 from pagoda.sim.checking import LOG_WORDS
@@ -29,6 +38,7 @@ from pagoda.sim.matmul import SCRATCH_BYTES
 from pagoda.sim.races import find_race
 from pagoda.sim.values import JOB_WORDS
 
+_COMMAND_NAMES = {command.bank: name for name, command in COMMANDS.items()}
 _FIRST_TRACE_ROWS = 1 << 12
 _FIRST_LOG_ROWS = 1 << 12
 _DMEM_BASE = 0x1000_0000
@@ -37,12 +47,17 @@ _SLICE_WORK = 50_000_000  # about 50 ms
 WORK_ALONE = 200_000  # launches of less are over before a helper thread has woken
 
 
+class TraceTooLong(ValueError):
+    """A launch's trace does not fit; the machine is usable again."""
+
+
 class Simulator(MachineBase):
     """A `Machine`. trace: keep every command's cycles; checking: fault on RACE, UNINITIALISED.
 
     threads: host threads. The cores of the chip are spread over them; the values of a single core
     are worked out on a second one. Neither values nor cycles depend on that. dram: the memory to
-    work on, as many bytes as the chip has; by default new memory.
+    work on, as many bytes as the chip has; by default new memory. trace_room: asked whether the
+    trace of a core may take so many bytes; if not, the launch ends with TraceTooLong.
     """
 
     def __init__(
@@ -53,6 +68,7 @@ class Simulator(MachineBase):
         checking: bool = False,
         threads: int = 1,
         dram: NDArray[np.uint8] | None = None,
+        trace_room: Callable[[int], bool] | None = None,
     ):
         if threads < 1:
             raise ValueError(f"simulator: threads = {threads}: must be 1 or more; leave it out")
@@ -60,7 +76,10 @@ class Simulator(MachineBase):
         super().__init__(chip, _lazy_memory(chip.dram_bytes) if dram is None else dram, trace)
         self._checking = checking
         helped = threads > 1 and chip.cores == 1
-        self._cores = [_Core(chip, n, self.dram, checking, helped) for n in range(chip.cores)]
+        room = trace_room or (lambda nbytes: True)
+        self._cores = [
+            _Core(chip, number, self.dram, checking, helped, room) for number in range(chip.cores)
+        ]
         self._threads = min(threads, chip.cores)
         self._pool: ThreadPoolExecutor | None = None  # when it is first needed
         self._resident = ""
@@ -102,7 +121,11 @@ class Simulator(MachineBase):
         cycles = fault.cycle if stopped else max(core.cycle for core in self._cores)
         counters = sum((core.counters() for core in self._cores), Counters())
         trace = np.concatenate([c.trace_rows() for c in self._cores]) if self.tracing else None
-        return Result(cycles, fault, counters, trace)
+        in_flight: list[InFlight] = []
+        if stopped:
+            for core in self._cores:
+                in_flight += core.in_flight(cycles)
+        return Result(cycles, fault, counters, trace, tuple(in_flight))
 
     def _run_epochs(self) -> Fault | None:
         """Run all cores from barrier to barrier; the launch's fault, if any."""
@@ -167,8 +190,16 @@ class Simulator(MachineBase):
 class _Core:
     """One core: its memories, which outlive launches, and the state that compiled code works on."""
 
-    def __init__(self, chip: Chip, number: int, dram: NDArray, checking: bool, helped: bool):
-        self.chip, self.number = chip, number
+    def __init__(
+        self,
+        chip: Chip,
+        number: int,
+        dram: NDArray,
+        checking: bool,
+        helped: bool,
+        trace_room: Callable[[int], bool],
+    ):
+        self.chip, self.number, self._trace_room = chip, number, trace_room
         self._tracing, self._checking = False, checking
         self.state = np.zeros(at.STATE_WORDS, np.int64)
         self.sram = _lazy_memory(chip.sram_bytes)
@@ -270,6 +301,12 @@ class _Core:
         if self._helper is not None:
             self._helper.merge()
         if self.reason == at.TRACE_FULL:
+            if not self._trace_room(2 * self._trace.nbytes):
+                rows, self._trace = len(self._trace), self._trace[:1].copy()
+                raise TraceTooLong(
+                    f"the trace of core {self.number} has {rows:,} commands, and there is no room "
+                    "for more; trace shorter launches, or fewer"
+                )
             self._trace = np.concatenate([self._trace, np.zeros_like(self._trace)])
         elif self.reason == at.LOG_FULL:
             room = np.zeros((max(len(self._log), 1 << 20), LOG_WORDS), np.int64)
@@ -298,6 +335,21 @@ class _Core:
         )
         text = detail(code, value, value_2)
         return Fault(FaultKind(kind), self.number, pc, cycle, command, slot, offset, text)
+
+    def in_flight(self, cycle: int) -> list[InFlight]:
+        """The window's commands that had not finished by then, oldest first; after `settle`."""
+        found = []
+        for number in self.state[at.ORDER : at.ORDER + self.state[at.IN_FLIGHT]].tolist():
+            first = at.ENTRIES + at.ENTRY_WORDS * number
+            entry = self.state[first : first + at.ENTRY_WORDS].tolist()
+            start, finish = entry[at.E_START], entry[at.E_FINISH]
+            if finish <= cycle:
+                continue
+            what = (self.number, entry[at.E_INDEX], _COMMAND_NAMES[entry[at.E_BANK]],
+                    entry[at.E_ENGINE], entry[at.E_PC], entry[at.E_ENTRY])  # fmt: skip
+            times = (start, finish) if start <= cycle else (-1, -1)
+            found.append(InFlight(*what, *times))
+        return found
 
     def overflow(self) -> Fault:
         pc, command = (int(self.state[i]) for i in (at.OVERFLOW_PC, at.OVERFLOW_COMMAND))

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagoda.sim.jit import float_bits, jit, leading_zeros, load_i64, store_i64
+from pagoda.sim.jit import (
+    float_bits,
+    jit,
+    leading_zeros,
+    load_i64,
+    round_even_f32,
+    store_i64,
+)
 
 INFINITY = 0x7F800000
 NAN = 0x7FC00000
@@ -50,6 +57,14 @@ def float_to_int(value):
         return np.int32(0)
     bounded = min(max(np.float64(value), -2147483648.0), 2147483647.0)
     return np.int32(bounded)
+
+
+@jit
+def float_to_int8(value):
+    """To nearest, ties to even, saturating; NaN is 0."""
+    bounded = max(np.float32(-128.0), value)  # in this order: of NaN the first
+    bounded = min(np.float32(127.0), bounded)
+    return np.int32(0) if np.isnan(value) else np.int32(round_even_f32(bounded))
 
 
 @jit

@@ -19,6 +19,8 @@ import numpy as np
 
 from pagoda.isa import Chip, Interrupted, Launch, Program, Result
 from pagoda.isa.machine import Machine
+from pagoda.runtime.errors import ServiceError
+from pagoda.runtime.scheduler import Scheduler, Tenant, TenantGone
 from pagoda.runtime.service.grants import Account, Grants
 from pagoda.runtime.service.launches import (
     Outcome,
@@ -26,12 +28,14 @@ from pagoda.runtime.service.launches import (
     pack_result,
     unpack_launch,
 )
+from pagoda.runtime.service.limits import UserLimits
 from pagoda.runtime.service.protocol import ProtocolError
 from pagoda.runtime.service.shared_memory import SharedMemory
-from pagoda.runtime.service.turns import Scheduler, Tenant, TenantGone
+from pagoda.sim.machine import TraceTooLong
 
-_MAX_PROGRAM_BYTES = 64 << 20  # of one context's programs; those used longest ago are forgotten
-_MAX_KNOWN_LAUNCHES = 256
+_MAX_PROGRAM_BYTES = 32 << 20  # of one context's programs; those used longest ago are forgotten
+_PROGRAM_OVERHEAD = 16 << 10  # their names and tables
+_MAX_KNOWN_LAUNCHES, _LONGEST_KNOWN = 256, 8 << 10  # and bytes of one
 
 # Makes the machine that runs a context's launches, on its memory.
 MachineFactory = Callable[[Chip, np.ndarray], Machine]
@@ -74,18 +78,29 @@ class Context:
         name: str,
         chip: Chip,
         account: Account,
-        limits: tuple[int, int],
+        allowed: UserLimits,
+        limit: int,
         scheduler: Scheduler,
         share: Share,
         machine: MachineFactory,
     ) -> None:
-        """limits: bytes of this context, and of all of its user's."""
+        """limit: bytes of this context; `allowed.memory`: of all of its user's.
+
+        Raises ServiceError if the host has no memory or descriptors for it.
+        """
         self.number, self.peer, self.name, self.chip = number, peer, name, chip
         self.memory = SharedMemory(chip.dram_bytes)
-        self.interrupts = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.interrupts = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            self.memory.close()
+            raise ServiceError(
+                f"the device service has no room for another program ({error.strerror}); try "
+                "again when others have ended"
+            ) from None
         self.lost: Refused | None = None  # why nothing more can be launched
         self.launches = self.cycles = self.faults = 0
-        self._account, (self.limit, self._user_limit) = account, limits
+        self._account, self._allowed, self.limit = account, allowed, limit
         self._grants = Grants(chip.dram_bytes)
         self._scheduler, self._share = scheduler, share
         self._tenant = self._join()
@@ -114,7 +129,7 @@ class Context:
         with self._lock:
             self._require_alive()
             return self._account.take(
-                self._grants, nbytes, self.limit, self.peer.uid, self._user_limit, str(self)
+                self._grants, nbytes, self.limit, self.peer.uid, self._allowed.memory, str(self)
             )
 
     def release(self, ranges: list[list[int]]) -> None:
@@ -145,10 +160,10 @@ class Context:
         number = self._next_program
         self._next_program += 1
         self._programs[number] = program
-        self._program_bytes += len(code)
+        self._program_bytes += len(code) + _PROGRAM_OVERHEAD
         while self._program_bytes > _MAX_PROGRAM_BYTES:
             _, oldest = self._programs.popitem(last=False)
-            self._program_bytes -= len(oldest.code)
+            self._program_bytes -= len(oldest.code) + _PROGRAM_OVERHEAD
             self._known.clear()
         return number
 
@@ -164,7 +179,9 @@ class Context:
             if program is None:
                 return pack_result(Outcome.UNKNOWN_PROGRAM)
             self._programs.move_to_end(packed.program)
-            known = self._known[body] = self._checked(program, packed), packed.tracing
+            known = self._checked(program, packed), packed.tracing
+            if len(body) <= _LONGEST_KNOWN:
+                self._known[body] = known
             if len(self._known) > _MAX_KNOWN_LAUNCHES:
                 self._known.popitem(last=False)
         try:
@@ -186,7 +203,8 @@ class Context:
                     f"{slot.base:#x}: not in memory that the device service has granted to this "
                     "process; allocate it from the device first",
                 )
-        return Launch(program, packed.args, packed.slots, packed.watchdog)
+        watchdog = min(packed.watchdog, self._allowed.watchdog)
+        return Launch(program, packed.args, packed.slots, watchdog)
 
     def _run(self, launch: Launch, tracing: bool) -> Result:
         self.state = "waiting"
@@ -207,6 +225,8 @@ class Context:
                 result = machine.wait()
                 cycles = result.cycles
                 return result
+            except TraceTooLong as error:
+                raise Refused("launch", str(error)) from None
             except Interrupted as interrupted:
                 cycles = interrupted.cycles
                 raise

@@ -14,6 +14,7 @@ from pagoda.isa import PRESETS, Chip
 from pagoda.runtime.device import Device
 from pagoda.runtime.errors import ServiceError
 from pagoda.runtime.memory import GrantedAllocator
+from pagoda.runtime.policy import PRIORITIES, WEIGHTS
 from pagoda.runtime.service.grants import unit_bytes
 from pagoda.runtime.service.limits import parse_bytes
 from pagoda.runtime.service.paths import DEFAULT_NAME, socket_path
@@ -82,15 +83,27 @@ def open_device(
     memory_limit or time_share that is none.
     """
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    if time_share is not None and not 0 < time_share < 1e9:
-        raise ValueError(f"time_share = {time_share}: must be a positive number; leave it out")
+    if time_share is not None and not WEIGHTS[0] <= time_share <= WEIGHTS[1]:
+        raise ValueError(
+            f"time_share = {time_share}: must be from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}; 2 is twice "
+            "the share of those that ask for none"
+        )
+    if priority not in PRIORITIES:
+        raise ValueError(
+            f"priority = {priority}: must be a whole number from {PRIORITIES[0]} to "
+            f"{PRIORITIES[-1]}; 0 is the usual one, and more goes first"
+        )
     connection = find_service(chip, environment)
     if connection is None:
         chip = chip or PRESETS[DEFAULT_CHIP]
         return Device(chip.partition(cores or chip.cores), memory_limit=limit)
-    machine = RemoteMachine(
-        connection, cores=cores, priority=priority, time_share=time_share, memory_limit=limit
-    )
+    try:
+        machine = RemoteMachine(
+            connection, cores=cores, priority=priority, time_share=time_share, memory_limit=limit
+        )
+    except BaseException:
+        connection.close()
+        raise
     unit = unit_bytes(machine.chip.dram_bytes)
     memory = GrantedAllocator(machine.memory_limit, unit, machine)
     return Device(machine.chip, machine, memory=memory)

@@ -7,12 +7,14 @@ number of bytes: the grants of all contexts together never exceed the DRAM.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 
 from pagoda.runtime.memory import OutOfDeviceMemory
 
 UNIT_BYTES = 2 << 20
 _MOST_UNITS = 1 << 20  # of one address space: it is a byte each
+_UNKNOWN = 1 << 62
 _NO_RANGE = "its address space has no free range so long"
 
 
@@ -114,9 +116,26 @@ class Account:
 
 
 def available_host_bytes() -> int:
-    """Memory that Linux could give without swapping."""
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
+    """Memory that Linux could give this process without swapping."""
+    free = _numbers(Path("/proc/meminfo")).get("MemAvailable:", _UNKNOWN >> 10) << 10
+    for line in _lines(Path("/proc/self/cgroup")):  # a container's or system service's limit
+        if line.startswith("0::"):
+            group = Path("/sys/fs/cgroup", line[3:].strip().lstrip("/"))
+            most = _lines(group / "memory.max")
+            if most and most[0].strip().isdigit():
+                used = int(_lines(group / "memory.current")[0])
+                cached = _numbers(group / "memory.stat").get("inactive_file", 0)
+                free = min(free, int(most[0]) - used + cached)
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # no such file in this kernel or container
+        return []
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """A file of names and numbers."""
+    return {words[0]: int(words[1]) for line in _lines(path) if len(words := line.split()) > 1}

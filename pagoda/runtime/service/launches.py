@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from fractions import Fraction
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 
 from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Result, Slot
 from pagoda.isa.chip import SLOTS, ChipError
-from pagoda.isa.machine import TRACE_DTYPE
+from pagoda.isa.machine import TRACE_DTYPE, InFlight
 from pagoda.runtime.service.protocol import ProtocolError
 
 _LAUNCH = struct.Struct("<IIIIQ")
@@ -96,7 +96,7 @@ def pack_result(outcome: Outcome, result: Result | None = None) -> tuple[bytes, 
     if result is None:
         return _RESULT.pack(outcome, 0, *[0] * 11), None
     c = result.counters
-    fault = _fault_bytes(result.fault)
+    fault = _fault_bytes(result)
     trace = b"" if result.trace is None else result.trace.tobytes()
     apart = _in_memory(trace) if len(trace) > _INLINE_TRACE_BYTES else None
     head = _RESULT.pack(
@@ -114,7 +114,7 @@ def unpack_result(body: bytes, fds: Sequence[int], traced: bool) -> tuple[Outcom
     if outcome not in _OUTCOMES:
         raise ProtocolError(f"RESULT: there is no outcome {outcome}")
     start = _RESULT.size + fault_bytes
-    fault = _fault(body[_RESULT.size : start]) if fault_bytes else None
+    fault, in_flight = _fault(body[_RESULT.size : start]) if fault_bytes else (None, ())
     trace = None
     if traced:
         data = body[start:]
@@ -126,22 +126,24 @@ def unpack_result(body: bytes, fds: Sequence[int], traced: bool) -> tuple[Outcom
             raise ProtocolError("RESULT: the trace is not as long as it should be")
         trace = np.frombuffer(data, TRACE_DTYPE)
     counters = Counters(*sums[:5], tuple(sums[5:]))
-    return _OUTCOMES[outcome], Result(cycles, fault, counters, trace)
+    return _OUTCOMES[outcome], Result(cycles, fault, counters, trace, in_flight)
 
 
-def _fault_bytes(fault: Fault | None) -> bytes:
+def _fault_bytes(result: Result) -> bytes:
+    """The fault, and what was in flight; nothing if there is no fault."""
+    fault = result.fault
     if fault is None:
         return b""
     return msgpack.packb(
         [int(fault.kind), fault.core, fault.pc, fault.cycle, fault.command, fault.slot,
-         fault.offset, fault.detail]
+         fault.offset, fault.detail, [astuple(each) for each in result.in_flight]]
     )  # fmt: skip
 
 
-def _fault(data: bytes) -> Fault:
+def _fault(data: bytes) -> tuple[Fault, tuple[InFlight, ...]]:
     try:
-        kind, *rest = msgpack.unpackb(data)
-        return Fault(FaultKind(kind), *rest)
+        kind, *rest, in_flight = msgpack.unpackb(data)
+        return Fault(FaultKind(kind), *rest), tuple(InFlight(*each) for each in in_flight)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"RESULT: its fault is none ({error})") from None
 

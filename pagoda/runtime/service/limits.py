@@ -4,6 +4,7 @@
 memory = "8 GiB"       # DRAM of all programs of one user together; default: all
 weight = 1.0           # the largest share of time that a program may ask for
 priority = 0           # the highest priority that a program may ask for
+watchdog = 1e11        # cycles after which a launch is stopped, if it asks for no less
 
 [users.alice]          # by name, or by number: [users.1000]
 priority = 10
@@ -17,6 +18,7 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from pagoda.runtime.device import WATCHDOG_CYCLES
 from pagoda.runtime.errors import ServiceError
 
 SYSTEM_FILE = Path("/etc/pagoda/device.toml")
@@ -32,6 +34,7 @@ class UserLimits:
     memory: int = _NO_LIMIT
     weight: float = 1.0
     priority: int = 0
+    watchdog: int = WATCHDOG_CYCLES
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,10 @@ def _limits(what: str, name: str, entry: object, base: UserLimits) -> UserLimits
             raise ValueError(f"weight = {weight!r}: must be a number above 0, at most 1000000")
         if type(priority) is not int or not -1000 <= priority <= 1000:
             raise ValueError(f"priority = {priority!r}: must be a whole number, -1000 to 1000")
+        watchdog = values.get("watchdog", WATCHDOG_CYCLES)
+        if type(watchdog) not in (int, float) or not 1 <= watchdog <= 1 << 62:
+            raise ValueError(f"watchdog = {watchdog!r}: must be a number of cycles, at least 1")
+        values |= {"watchdog": int(watchdog)} if "watchdog" in values else {}
     except ValueError as error:
         raise ServiceError(f"{what}: [{name}]: {error}") from None
     return replace(base, **values)

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from pagoda.runtime.policy import PRIORITIES, WEIGHTS
+
 VERSION = 1
 MAGIC = b"PGDA"
 HEADER = struct.Struct("<4sHHII")
-MAX_BODY_BYTES = 8 << 20  # the largest program and the longest status stay far below
+MAX_BODY_BYTES = 2 << 20  # the largest program and the longest status stay far below
 _MAX_FDS = 4
 _CREDENTIALS = struct.Struct("3i")
 _FIRST_BUFFER = 1 << 16
@@ -98,8 +100,8 @@ def _optional(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e9
+def _weight(value: Any) -> bool:
+    return type(value) in (int, float) and WEIGHTS[0] <= value <= WEIGHTS[1]
 
 
 def _map(value: Any) -> bool:
@@ -133,15 +135,15 @@ FIELDS: dict[Type, dict[str, Check]] = {
     Type.HELLO: {"contract": _uint32, "pagoda": _text(), "name": _text()},
     Type.OPEN: {
         "cores": _optional(_int(1, 1 << 16)),
-        "priority": _int(-1000, 1000),
-        "time_share": _optional(_positive),
+        "priority": _int(PRIORITIES[0], PRIORITIES[-1]),
+        "time_share": _optional(_weight),
         "memory_limit": _optional(_address),
     },
     Type.GRANT: {"bytes": _address, "release": _ranges},
     Type.RELEASE: {"release": _ranges},
     Type.PROGRAM: {
         "name": _text(10_000),
-        "code": _bytes(4 << 20),
+        "code": _bytes(1 << 20),
         "entry": _uint32,
         "stack_limit": _uint32,
     },
@@ -205,6 +207,7 @@ class Channel:
         self._buffer = bytearray(_FIRST_BUFFER)
         self._begin = self._end = 0  # what has come and was not yet taken
         self._fds: list[int] = []
+        self._descriptors = False
 
     def send(
         self, kind: Type, number: int, body: bytes | bytearray = b"", fds: Sequence[int] = ()
@@ -217,9 +220,14 @@ class Channel:
         if data:
             self.socket.sendall(data)
 
-    def receive(self) -> Message | None:
+    def receive(self, descriptors: bool = False) -> Message | None:
         """The next message; None at the end of the connection. Raises OSError, and ProtocolError
-        for a header that is none, a body too long, or an end within a message."""
+        for a header that is none, a body too long, or an end within a message.
+
+        descriptors: take file descriptors that come with it. A service never does, so that nobody
+        can fill its table of open files; Linux closes what is not taken.
+        """
+        self._descriptors = descriptors
         if not self._wait_for(HEADER.size):
             return None
         magic, version, kind, length, number = HEADER.unpack_from(self._buffer, self._begin)
@@ -260,7 +268,15 @@ class Channel:
 
     def _receive_some(self) -> int:
         space = memoryview(self._buffer)[self._end :]
-        return self.socket.recv_into(space)
+        if not self._descriptors:
+            return self.socket.recv_into(space)
+        received, ancillary, _, _ = self.socket.recvmsg_into(
+            [space], socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
+        return received
 
     def skip_to(self, last: bytes) -> None:
         """Drop all that comes until it ends with `last`. Raises OSError, ProtocolError."""
@@ -281,18 +297,3 @@ class Channel:
             os.close(fd)
         self._fds = []
         self.socket.close()
-
-
-class DescriptorChannel(Channel):
-    """A channel whose messages may bring file descriptors: the client's. A service never takes
-    any, so that nobody can fill its table of open files."""
-
-    def _receive_some(self) -> int:
-        space = memoryview(self._buffer)[self._end :]
-        received, ancillary, _, _ = self.socket.recvmsg_into(
-            [space], socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC
-        )
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                self._fds += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
-        return received

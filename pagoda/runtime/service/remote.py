@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pagoda import __version__
-from pagoda.isa import CONTRACT_VERSION, Launch, Result
+from pagoda.isa import CONTRACT_VERSION, Launch, Program, Result
 from pagoda.isa.machine import MachineBase
 from pagoda.runtime.errors import DeviceLost, ServiceError
 from pagoda.runtime.memory import OutOfDeviceMemory
@@ -26,7 +26,7 @@ from pagoda.runtime.service.protocol import (
     HEADER,
     MAGIC,
     VERSION,
-    DescriptorChannel,
+    Channel,
     Message,
     OtherVersion,
     ProtocolError,
@@ -36,6 +36,7 @@ from pagoda.runtime.service.protocol import (
 )
 from pagoda.runtime.service.shared_memory import map_shared
 
+_MAX_PROGRAMS = 1024  # known by number; each is kept alive
 _ANSWER_SECONDS = 10.0  # until a living service has greeted
 
 
@@ -60,7 +61,7 @@ class Connection:
         self.path = path
         connected = _connect(path)
         self.owner = credentials(connected)[1]  # the user whose service it is
-        self._channel = DescriptorChannel(connected)
+        self._channel = Channel(connected)
         self._lock = threading.Lock()
         self._number = 0
         self._process = os.getpid()
@@ -94,17 +95,17 @@ class Connection:
     def ask(self, kind: Type, **fields: Any) -> Message:
         """Send a request; returns the answer. Raises DeviceLost, and what `refusal` says."""
         with self._lock, _held_interrupt(self._channel.socket):
-            return self._exchange(kind, pack(kind, **fields), "a request")
+            return self._exchange(kind, pack(kind, **fields), "a request", kind is Type.OPEN)
 
-    def launch(self, body: bytes, what: str, interrupt: int) -> Message:
-        """As `ask`, for a packed launch. what: names it in messages.
+    def launch(self, body: bytes, what: str, traced: bool, interrupt: int) -> Message:
+        """As `ask`, for a packed launch. what: names it in messages; traced: it asks for a trace.
 
         An exception that a signal raises meanwhile, such as KeyboardInterrupt, ends the launch:
         `interrupt` is the eventfd that asks for that.
         """
         with self._lock:
             try:
-                return self._exchange(Type.LAUNCH, body, what)
+                return self._exchange(Type.LAUNCH, body, what, traced)
             except Exception:
                 raise
             except BaseException:
@@ -133,14 +134,14 @@ class Connection:
         if self._broken or not self._lock.acquire(blocking=False):
             return False
         try:
-            self._exchange(kind, pack(kind, **fields), "a request")
+            self._exchange(kind, pack(kind, **fields), "a request", False)
         except DeviceLost:
             return False
         finally:
             self._lock.release()
         return True
 
-    def _exchange(self, kind: Type, body: bytes, what: str) -> Message:
+    def _exchange(self, kind: Type, body: bytes, what: str, descriptors: bool) -> Message:
         if self._process != os.getpid():
             raise DeviceLost(
                 "this process was forked from one that uses the device service, and cannot use its "
@@ -152,7 +153,7 @@ class Connection:
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have told why before it went
                 self._channel.send(kind, number, body)
-            answer = self._channel.receive()
+            answer = self._channel.receive(descriptors)
         except OtherVersion as other:
             self._break(
                 f"the device service on {self.path} speaks protocol version {other.found}, this "
@@ -177,6 +178,9 @@ class Connection:
 
     def _break(self, text: str) -> None:
         self._broken = text
+        if self._process == os.getpid():  # forked children hold the socket open, too
+            with contextlib.suppress(OSError):
+                self._channel.socket.shutdown(socket.SHUT_RDWR)
         self._channel.close()
 
     def _refused(self, answer: Message) -> NoReturn:
@@ -229,7 +233,7 @@ class RemoteMachine(MachineBase):
         memory, self._interrupt = opened.fds
         chip = unpack_chip(fields["chip"])
         self.memory_limit: int = fields["memory_limit"]
-        self._programs: dict[tuple[str, int], int] = {}
+        self._numbers: dict[int, tuple[Program, int]] = {}  # by id: what the service calls it
         try:
             dram = np.frombuffer(map_shared(memory, chip.dram_bytes), np.uint8)
         except OSError as error:
@@ -248,9 +252,22 @@ class RemoteMachine(MachineBase):
         answer = self._connection.ask(Type.GRANT, bytes=nbytes, release=released).fields()
         return answer["start"], answer["bytes"]
 
+    def left(self) -> int:
+        """See `memory.Owner`."""
+        figures = self._connection.figures()
+        return figures["memory_total_bytes"] - figures["memory_bytes"]
+
     def release(self, released: list[tuple[int, int]]) -> bool:
         """See `memory.Owner`."""
         return self._connection.try_ask(Type.RELEASE, release=released)
+
+    def start(self, launch: Launch) -> None:
+        """See `MachineBase.start`. A program is checked when it is first sent; what else a launch
+        says is checked by the service."""
+        if self._launch is None and id(launch.program) in self._numbers:
+            self._launch = launch
+        else:
+            super().start(launch)
 
     def wait(self) -> Result:
         """Run the accepted launch when its turn has come. Ctrl-C ends it and leaves the machine
@@ -260,7 +277,7 @@ class RemoteMachine(MachineBase):
         while True:
             number = self._number(launch)
             body = pack_launch(number, tracing, launch)
-            answer = self._connection.launch(body, what, self._interrupt)
+            answer = self._connection.launch(body, what, tracing, self._interrupt)
             try:
                 outcome, result = unpack_result(answer.body, answer.fds, tracing)
             finally:
@@ -270,19 +287,22 @@ class RemoteMachine(MachineBase):
                 return result
             if outcome is Outcome.INTERRUPTED:
                 raise KeyboardInterrupt
-            del self._programs[launch.program.digest, launch.program.stack_limit]
+            del self._numbers[id(launch.program)]
 
     def _number(self, launch: Launch) -> int:
         """What the service calls the launch's program."""
         program = launch.program
-        key = program.digest, program.stack_limit
-        number = self._programs.get(key)
-        if number is None:
-            answer = self._connection.ask(
-                Type.PROGRAM, name=program.name, code=program.code, entry=program.entry,
-                stack_limit=program.stack_limit,
-            )  # fmt: skip
-            number = self._programs[key] = answer.fields()["program"]
+        known = self._numbers.get(id(program))
+        if known is not None:
+            return known[1]
+        answer = self._connection.ask(
+            Type.PROGRAM, name=program.name, code=program.code, entry=program.entry,
+            stack_limit=program.stack_limit,
+        )  # fmt: skip
+        number = answer.fields()["program"]
+        if len(self._numbers) >= _MAX_PROGRAMS:
+            self._numbers.clear()
+        self._numbers[id(program)] = program, number
         return number
 
     def close(self) -> None:

@@ -11,12 +11,10 @@ import contextlib
 import logging
 import os
 import pwd
-import select
 import socket
 import stat
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from pagoda.isa.machine import Machine
 from pagoda.runtime.device import host_threads
 from pagoda.runtime.errors import ServiceError
 from pagoda.runtime.memory import OutOfDeviceMemory
+from pagoda.runtime.scheduler import Scheduler
 from pagoda.runtime.service.context import Context, MachineFactory, Peer, Refused, Share
 from pagoda.runtime.service.grants import Account, available_host_bytes
 from pagoda.runtime.service.launches import pack_chip
@@ -44,27 +43,15 @@ from pagoda.runtime.service.protocol import (
     credentials,
     pack,
 )
-from pagoda.runtime.service.turns import Scheduler
+from pagoda.runtime.service.watch import Client, Watch
 from pagoda.sim import Simulator
 
 MAX_CONNECTIONS = 512
 _GREETING_SECONDS = 10.0
-_TICK_SECONDS = 1.0
+_PART_OF_HOST = 8  # one part in so many, for the trace of one launch
 _SLACK_BYTES = 1 << 20  # of memory touched outside of grants: nobody is ended for a page
 
 log = logging.getLogger("pagoda.device")
-
-
-@dataclass(eq=False)
-class _Client:
-    """A connection. pidfd: becomes readable when the process ends; -1 if there is none."""
-
-    channel: Channel
-    peer: Peer
-    name: str = ""
-    context: Context | None = None
-    pidfd: int = -1
-    greeted: bool = False
 
 
 class Service:
@@ -92,7 +79,7 @@ class Service:
         self._account = Account(chip.dram_bytes, available_host_bytes)
         self._account.untouched = self._untouched
         self._scheduler = Scheduler(chip.cores)
-        self._clients: set[_Client] = set()
+        self._clients: set[Client] = set()
         self._lock = threading.Lock()  # over the clients
         self._numbers = iter(range(1, 1 << 62))
         self._stopping = threading.Event()
@@ -102,7 +89,7 @@ class Service:
         make_folder(path)
         self._file_lock = Lock(path)
         self._listener = self._listen()
-        self._watch = _Watch(self)
+        self._watch = Watch(self._tick)
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -140,9 +127,14 @@ class Service:
                     log.error("accept: %s", error)
                     time.sleep(0.1)  # out of descriptors: some client will end
                     continue
-                threading.Thread(
+                serve = threading.Thread(
                     target=self._serve, args=(connected,), name="pagoda client", daemon=True
-                ).start()
+                )
+                try:
+                    serve.start()
+                except RuntimeError as error:  # too many threads
+                    log.error("%s", error)
+                    connected.close()
         finally:
             self._close()
 
@@ -161,13 +153,13 @@ class Service:
         for client in self._snapshot():
             if client.context is not None:
                 client.context.lose(Refused("lost", text))
+        self._watch.stop()  # or it would take what follows for clients that went away
         deadline = time.monotonic() + 1.0
         while self._snapshot() and time.monotonic() < deadline:
             for client in self._snapshot():
                 with contextlib.suppress(OSError):
                     client.channel.socket.shutdown(socket.SHUT_RD)
             time.sleep(0.01)
-        self._watch.stop()
         self._file_lock.release()
         log.info("stopped")
 
@@ -188,7 +180,7 @@ class Service:
         channel = Channel(connected)
         try:
             pid, uid = credentials(connected)
-            client = _Client(channel, Peer(pid, uid, _user_name(uid)))
+            client = Client(channel, Peer(pid, uid, _user_name(uid)))
         except OSError:
             channel.close()
             return
@@ -206,7 +198,7 @@ class Service:
         finally:
             self._end(client)
 
-    def _end(self, client: _Client) -> None:
+    def _end(self, client: Client) -> None:
         self._watch.forget(client)
         with self._lock:
             self._clients.discard(client)
@@ -219,7 +211,7 @@ class Service:
             log.info("context %d of %s ended", client.context.number, client.context)
         client.channel.close()
 
-    def _converse(self, client: _Client) -> None:
+    def _converse(self, client: Client) -> None:
         channel = client.channel
         channel.socket.settimeout(_GREETING_SECONDS)
         while True:
@@ -259,12 +251,12 @@ class Service:
             if message.type is Type.STOP:
                 self.stop()
 
-    def _refuse(self, client: _Client, number: int, refused: Refused) -> None:
+    def _refuse(self, client: Client, number: int, refused: Refused) -> None:
         with contextlib.suppress(OSError):
             body = pack(Type.REFUSED, code=refused.code, text=str(refused)[:10_000])
             client.channel.send(Type.REFUSED, number, body)
 
-    def _answer(self, client: _Client, message: Message) -> tuple[Type, bytes, int | None]:
+    def _answer(self, client: Client, message: Message) -> tuple[Type, bytes, int | None]:
         """The reply to a request: type, body, a descriptor to send along and close."""
         kind, context = message.type, client.context
         if kind is Type.LAUNCH and context is not None:
@@ -276,7 +268,7 @@ class Service:
         fields = _ANSWERS[kind](self, client, message.fields())
         return ANSWER[kind], pack(ANSWER[kind], **fields), None
 
-    def _hello(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _hello(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         mine, theirs = (__version__, CONTRACT_VERSION), (fields["pagoda"], fields["contract"])
         if mine != theirs:
             raise Refused(
@@ -305,7 +297,7 @@ class Service:
         welcome = dict(contract=mine[1], pagoda=mine[0], pid=os.getpid(), chip=pack_chip(self.chip))
         return welcome
 
-    def _open(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _open(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         if client.context is not None:
             raise ProtocolError("OPEN: the connection has a context already")
         allowed = self._limits.of(client.peer.uid)
@@ -330,7 +322,7 @@ class Service:
         share = Share(f"{client.peer.user}/{client.name}", fields["priority"], weight)
         context = Context(
             next(self._numbers), client.peer, client.name, chip, self._account,
-            (limit, allowed.memory), self._scheduler, share, self._machine,
+            allowed, limit, self._scheduler, share, self._machine,
         )  # fmt: skip
         with self._lock:
             client.context = context
@@ -338,35 +330,35 @@ class Service:
         log.info("context %d: %s, chip %s", context.number, context, chip.name)
         return dict(chip=pack_chip(chip), memory_limit=limit)
 
-    def _grant(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _grant(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         client.context.release(fields["release"])
         start, nbytes = client.context.grant(fields["bytes"])
         return dict(start=start, bytes=nbytes)
 
-    def _release(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _release(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         client.context.release(fields["release"])
         return {}
 
-    def _program(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _program(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         return dict(program=client.context.add_program(**fields))
 
-    def _resume(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _resume(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         client.context.resume()
         return {}
 
-    def _status(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _status(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         return dict(figures=self.figures())
 
-    def _reset(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _reset(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         self._require_owner(client, "reset")
         self.reset(f"{client.peer.user} (process {client.peer.pid})")
         return {}
 
-    def _stop(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _stop(self, client: Client, fields: dict[str, Any]) -> dict[str, Any]:
         self._require_owner(client, "stop")
         return {}
 
-    def _require_owner(self, client: _Client, what: str) -> None:
+    def _require_owner(self, client: Client, what: str) -> None:
         if client.peer.uid not in (os.geteuid(), 0):
             raise Refused(
                 "user",
@@ -409,7 +401,7 @@ class Service:
             "problems": list(self.problems),
         }
 
-    def _snapshot(self) -> list[_Client]:
+    def _snapshot(self) -> list[Client]:
         with self._lock:
             return list(self._clients)
 
@@ -417,7 +409,7 @@ class Service:
         contexts = [client.context for client in self._snapshot() if client.context]
         return sum(max(each.held - each.memory.taken(), 0) for each in contexts)
 
-    def tick(self) -> None:
+    def _tick(self) -> None:
         """Once in a while: end whoever uses memory that was not granted."""
         for client in self._snapshot():
             context = client.context
@@ -444,77 +436,13 @@ _ANSWERS = {
 _OF_CONTEXTS = {Type.GRANT, Type.RELEASE, Type.PROGRAM, Type.LAUNCH, Type.RESUME}
 
 
-class _Watch:
-    """Sees clients end while their thread is busy with a launch, and takes their interrupts."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._poll = select.epoll()
-        self._events: dict[int, tuple[_Client, str]] = {}
-        self._lock = threading.Lock()
-        self._over = False
-        self._thread = threading.Thread(target=self._run, name="pagoda watch", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._over = True
-
-    def add(self, client: _Client) -> None:
-        with contextlib.suppress(OSError):  # a process of another name space has no number here
-            client.pidfd = os.pidfd_open(client.peer.pid)
-        for fd, what, events in (
-            (client.channel.socket.fileno(), "socket", select.EPOLLRDHUP),
-            (client.context.interrupts, "interrupt", select.EPOLLIN),
-            (client.pidfd, "process", select.EPOLLIN),
-        ):
-            if fd >= 0:
-                with self._lock:
-                    self._events[fd] = client, what
-                    self._poll.register(fd, events | select.EPOLLONESHOT)
-
-    def forget(self, client: _Client) -> None:
-        """To be called before the client's descriptors are closed."""
-        with self._lock:
-            for fd in [fd for fd, (who, _) in self._events.items() if who is client]:
-                del self._events[fd]
-                self._poll.unregister(fd)
-        if client.pidfd >= 0:
-            os.close(client.pidfd)
-            client.pidfd = -1
-
-    def _run(self) -> None:
-        ticked = time.monotonic()
-        while not self._over:
-            for fd, _ in self._poll.poll(_TICK_SECONDS):
-                try:
-                    self._happened(fd)
-                except Exception:
-                    log.exception("internal error while watching clients")
-            if time.monotonic() - ticked >= _TICK_SECONDS:
-                ticked = time.monotonic()
-                try:
-                    self._service.tick()
-                except Exception:
-                    log.exception("internal error while watching memory")
-
-    def _happened(self, fd: int) -> None:
-        with self._lock:  # held, so that nobody closes the descriptors meanwhile
-            client, what = self._events.get(fd, (None, ""))
-            if client is None or client.context is None:
-                return
-            if what == "interrupt":
-                client.context.interrupt()
-                self._poll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
-                return
-        client.context.lose(Refused("lost", "its process ended"))
-        with contextlib.suppress(OSError):  # a child may hold the connection of a dead process
-            client.channel.socket.shutdown(socket.SHUT_RDWR)
-
-
 def _simulator(chip: Chip, dram: np.ndarray) -> Machine:
-    return Simulator(chip, threads=host_threads(), dram=dram)
+    return Simulator(chip, threads=host_threads(), dram=dram, trace_room=_has_room)
+
+
+def _has_room(nbytes: int) -> bool:
+    """Whether a trace may become so long: no client may use up the host's memory."""
+    return nbytes < available_host_bytes() // _PART_OF_HOST
 
 
 def _user_name(uid: int) -> str:
