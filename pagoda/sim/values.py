@@ -48,6 +48,7 @@ from pagoda.sim.matmul import (
     M_BLOCK,
     N_BLOCK,
     N,
+    run_matmul,
     run_matmul_range,
 )
 from pagoda.sim.microkernel import TILE_COLUMNS
@@ -120,14 +121,14 @@ def _run_matmul(st, sram, acc, scratch):
     """All of a matmul at once or, if it takes long, in parts between which it may be left."""
     command = st[_MATMUL : _MATMUL + 16]
     m, n = command[M0] * command[M1] * command[M2], command[N]
-    rows, columns = m, n
-    if m * n * command[K_INNER] * command[K_OUTER] > _UNBROKEN_MACS:
-        rows, columns = M_BLOCK, N_BLOCK
-    for i in range(0, m, rows):
-        for j in range(0, n, columns):
+    if m * n * command[K_INNER] * command[K_OUTER] <= _UNBROKEN_MACS:
+        run_matmul(sram, acc, command, scratch)
+        return
+    for i in range(0, m, M_BLOCK):
+        for j in range(0, n, N_BLOCK):
             if is_abandoned(st):
                 return
-            last_row, last = min(i + rows, m), min(j + columns, n)
+            last_row, last = min(i + M_BLOCK, m), min(j + N_BLOCK, n)
             run_matmul_range(sram, acc, command, scratch, i, last_row, j, last)
 
 
