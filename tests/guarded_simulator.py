@@ -92,6 +92,8 @@ class _GuardedNumpy(ModuleType):
         return getattr(np, name)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any = np.float64) -> NDArray:
+        if np.dtype(dtype).names:  # a result, which no compiled code writes
+            return np.zeros(shape, dtype)
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.regions.append(Region(nbytes, self.at_end))
         return self.regions[-1].bytes.view(dtype).reshape(shape)
@@ -264,7 +266,7 @@ def run_batch(
 
 
 def _equal(one: Result, other: Result) -> bool:
-    return (one.cycles, one.fault, one.counters) == (other.cycles, other.fault, other.counters)
+    return replace(one, trace=None) == replace(other, trace=None)
 
 
 class Judge:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 from dataclasses import replace
 from fractions import Fraction
@@ -17,8 +18,10 @@ import pytest
 from command_programs import Assembler
 
 from pagoda.isa.chip import PRESETS
+from pagoda.isa.commands import ACC_BIT
 from pagoda.isa.definition import Definition
 from pagoda.isa.fault import FaultKind
+from pagoda.isa.machine import Interrupted
 from pagoda.isa.program import Launch, Program, Slot
 from pagoda.isa.rv32 import RV32
 from pagoda.sim import Simulator
@@ -367,6 +370,39 @@ def test_ctrl_c_ends_a_long_launch_and_the_simulator_lives_on():
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         simulator.wait()
+    simulator.start(Launch(program()))
+    assert simulator.wait().fault is None
+
+
+# Each takes the host ten seconds and more: strides of 0, or one index again and again.
+LARGE = replace(PRESETS["edge"], sram_bytes=1 << 22, acc_bytes=1 << 22)
+LONG = {
+    "reduce": dict(op=0, first=1, column=1, dtype=1, src=0, src_stride=0, rows=1 << 20,
+                   cols=1 << 18, state=ACC_BIT, state_stride=0, start=0),
+    "scatter": dict(mem=1, local=0, accumulate=1, slot=0, offset=0, address=1 << 20, cols=1 << 18,
+                    rows=1 << 18, indices=0, mem_row_stride=0, row_stride=0),
+    "matmul": dict(type=1, accumulate=0, a=0, m0=1 << 11, m0_stride=0, m1=1, m1_stride=0, m2=1,
+                   m2_stride=0, k_inner=1 << 10, k_outer=1 << 10, k_outer_stride=0, b=0,
+                   b_stride=0, n=1 << 9, acc=0, acc_stride=1 << 11),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", LONG)
+def test_an_interrupt_ends_a_long_command(name, threads):
+    assembler = Assembler()
+    assembler.burst([(name, assembler.set_fields(name, **LONG[name]))], 40)
+    assembler.control("exit")
+    simulator = Simulator(LARGE, threads=threads)
+    simulator.start(Launch(program()))
+    assert simulator.wait().fault is None  # compiled, now
+    simulator.start(Launch(assembler.program(), slots=(Slot(0, 1 << 20),)))
+    timer = threading.Timer(0.3, simulator.interrupt)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        simulator.wait()
+    assert time.monotonic() - began < 8  # on a busy machine; a command takes longer than that
     simulator.start(Launch(program()))
     assert simulator.wait().fault is None
 

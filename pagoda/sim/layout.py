@@ -147,6 +147,9 @@ INDEX_BIT = 1 << 33  # reads an index tile, which holds no bank port and so has 
 LOAD, STORE, MATRIX, VECTOR = range(4)
 CAUSE_ENTRY, CAUSE_ENGINE, CAUSE_HAZARD, CAUSE_PORT, CAUSE_BANK, CAUSE_SLOT = range(6)
 
+# The word of the array at JOBS_AT that says: nobody wants this launch's values any more.
+ABANDONED = 17
+
 CHUNK = 512  # lanes of a scratch buffer
 LANE_BUFFERS = 8
 LANE_BUFFER_BYTES = 4 * CHUNK + 64  # apart, so that buffers do not share cache sets

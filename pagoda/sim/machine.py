@@ -90,11 +90,15 @@ class Simulator(MachineBase):
         """See `MachineBase.start`."""
         super().start(launch)
         self._interrupted = False
+        for core in self._cores:
+            core.abandon(False)
 
     def interrupt(self) -> None:
         """End the launch that was accepted last, from another thread: `wait` leaves between two
         slices of work, within about a tenth of a second, with Interrupted."""
         self._interrupted = True
+        for core in self._cores:
+            core.abandon(True)
 
     def wait(self) -> Result:
         """Run the accepted launch to its end. Ctrl-C leaves between two slices of work, and so
@@ -131,6 +135,7 @@ class Simulator(MachineBase):
         """Run all cores from barrier to barrier; the launch's fault, if any."""
         while True:
             self._run_cores()
+            self._leave_if_interrupted()  # before anything: values may be missing
             faults = [core.fault() for core in self._cores if core.reason == at.FAULTED]
             faults += self._barrier_mismatches()
             if self._checking and len(self._cores) > 1:
@@ -143,7 +148,6 @@ class Simulator(MachineBase):
             leave = max(core.cycle for core in self._cores) + timing.BARRIER_CYCLES
             for core in self._cores:
                 core.state[at.CYCLE] = leave
-            self._leave_if_interrupted()
 
     def _run_cores(self) -> None:
         if self._threads == 1:
@@ -318,6 +322,10 @@ class _Core:
             self._helper.start()
         self._point_at_buffers()
         return False
+
+    def abandon(self, abandoned: bool) -> None:
+        """Whether what the launch computes is wanted no more; for any thread."""
+        self._jobs[at.ABANDONED] = abandoned
 
     def end(self) -> None:
         """The launch is over, or was left."""

@@ -8,7 +8,7 @@ from pagoda.sim.convert import F32, I32, decode, encode, row_bytes
 from pagoda.sim.jit import copy_bytes, float_bits, jit, load_f32, load_i32, store_f32, store_i32
 from pagoda.sim.layout import CHUNK, FIELDS, LANE_BUFFER_BYTES, LANES_AT
 from pagoda.sim.numbers import argmax_prefers, canonical, float_max, float_min
-from pagoda.sim.transfer import local_at
+from pagoda.sim.transfer import is_abandoned, local_at
 
 FSUM, FMAX, FMIN, ISUM, IMAX, ARGMAX = range(6)
 STATE_LANES = 64
@@ -68,9 +68,13 @@ def run_reduce(st):
         if first:
             _initialise(op, state, cols)
         for r in range(rows):
+            if is_abandoned(st):
+                return
             _reduce_run(op, 1, state, source + r * source_row, dtype, cols, start, lanes)
         return
     for r in range(rows):
+        if is_abandoned(st):
+            return
         here = state + r * state_row
         if first:
             _initialise(op, here, STATE_LANES)

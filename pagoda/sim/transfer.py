@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from pagoda.sim.convert import add_row, convert_row, row_bytes
-from pagoda.sim.jit import copy_bytes, jit, load_i32, zero_bytes
+from pagoda.sim.jit import atomic_load, copy_bytes, jit, load_i32, zero_bytes
 from pagoda.sim.layout import (
+    ABANDONED,
     ACC_AT,
     DRAM_AT,
     FIELDS,
+    JOBS_AT,
     LANE_BUFFER_BYTES,
     LANES_AT,
     SLOT_WORDS,
@@ -38,6 +40,13 @@ def local_at(st, address):
 def slot_at(st, slot, offset):
     """Host address of a byte of a slot."""
     return st[DRAM_AT] + st[SLOTS + SLOT_WORDS * slot] + offset
+
+
+@jit
+def is_abandoned(st):
+    """Whether the launch was interrupted. Commands that can take longer than a second look now and
+    then, and leave: with strides of 0 few bytes are enough for a minute of work."""
+    return atomic_load(st[JOBS_AT] + 8 * ABANDONED) != 0
 
 
 @jit
@@ -125,6 +134,8 @@ def run_store(st, bank):
     lanes = st[LANES_AT]
     for p in range(planes):
         for r in range(rows):
+            if is_abandoned(st):
+                return
             here = source + p * source_plane + r * source_row
             place = target + p * target_plane + r * target_row
             if accumulate:
@@ -162,6 +173,8 @@ def run_scatter(st, bank):
     indices = local_at(st, st[f + 6])
     lanes = st[LANES_AT]
     for r in range(rows):
+        if is_abandoned(st):
+            return
         place = target + load_i32(indices, r) * stride
         here = source + r * st[f + 9]
         if accumulate:

@@ -38,15 +38,27 @@ from pagoda.sim.layout import (
     OVERFLOW_PC,
     POSTED,
 )
-from pagoda.sim.matmul import ACC, M0, M1, M2, N, run_matmul, run_matmul_range
+from pagoda.sim.matmul import (
+    ACC,
+    K_INNER,
+    K_OUTER,
+    M0,
+    M1,
+    M2,
+    M_BLOCK,
+    N_BLOCK,
+    N,
+    run_matmul,
+    run_matmul_range,
+)
 from pagoda.sim.microkernel import TILE_COLUMNS
 from pagoda.sim.reduce import run_finish, run_reduce
-from pagoda.sim.transfer import run_gather, run_load, run_scatter, run_store
+from pagoda.sim.transfer import is_abandoned, run_gather, run_load, run_scatter, run_store
 from pagoda.sim.vector import run_iota, run_transpose, run_vector
 
 # On cache lines of their own: last command posted, last one executed; whether the helper is to
-# stop; the ticket of the matmul that is shared now, and how many of its chunks are done; who may
-# share the next one.
+# stop, and beside it whether the launch is abandoned; the ticket of the matmul that is shared now,
+# and how many of its chunks are done; who may share the next one.
 _NEWEST, COMPLETED, STOP, _TICKET, _DONE, _LOCK = range(0, 48, 8)
 _SHARED_MATMUL = 48  # the sixteen words of the command, then its MACs, number and chunks
 _SHARED_MACS, _SHARED_NUMBER, _SHARED_CHUNKS = range(64, 67)
@@ -70,6 +82,7 @@ _COUNT_MASK = (1 << _COUNT_BITS) - 1
 # A chunk should take some microseconds: to claim one takes a tenth of one.
 _CHUNK_MACS = 1 << 17
 _LEAST_CHUNKS, _LEAST_ROWS = 2, 64
+_UNBROKEN_MACS = 1 << 32  # about a tenth of a second
 _IMPATIENT_TURNS = 1 << 12  # of a waiting loop, some tens of microseconds, before it gives way
 
 
@@ -88,7 +101,7 @@ def execute(st, bank, sram, acc, scratch):
     elif bank == 5:
         address = st[_MATMUL + ACC]
         st[_MATMUL + ACC] &= 0x7FFFFFFF  # bit 31 of the address means nothing
-        run_matmul(sram, acc, st[_MATMUL : _MATMUL + 16], scratch)
+        _run_matmul(st, sram, acc, scratch)
         st[_MATMUL + ACC] = address
     elif bank == 6:
         run_vector(st)
@@ -101,6 +114,22 @@ def execute(st, bank, sram, acc, scratch):
     else:
         run_iota(st)
     return overflow
+
+
+@jit
+def _run_matmul(st, sram, acc, scratch):
+    """All of a matmul at once or, if it takes long, in parts between which it may be left."""
+    command = st[_MATMUL : _MATMUL + 16]
+    m, n = command[M0] * command[M1] * command[M2], command[N]
+    if m * n * command[K_INNER] * command[K_OUTER] <= _UNBROKEN_MACS:
+        run_matmul(sram, acc, command, scratch)
+        return
+    for i in range(0, m, M_BLOCK):
+        for j in range(0, n, N_BLOCK):
+            if is_abandoned(st):
+                return
+            last_row, last = min(i + M_BLOCK, m), min(j + N_BLOCK, n)
+            run_matmul_range(sram, acc, command, scratch, i, last_row, j, last)
 
 
 @jit
@@ -151,7 +180,7 @@ def _wait(turns):
 def _work_or_wait(st, turns, jobs, sram, acc, scratch):
     """One turn of a loop that waits for the other thread: do some of what is to be done, or
     nothing; returns how many turns of the second kind that makes in a row."""
-    if _take_chunk(st[JOBS_AT], jobs, sram, acc, scratch):
+    if _take_chunk(st, jobs, sram, acc, scratch):
         return 0
     if _work_ahead(st, jobs, sram, acc, scratch):
         return 0
@@ -346,8 +375,9 @@ def _is_shared_done(jobs, shared):
 
 
 @jit
-def _take_chunk(shared, jobs, sram, acc, scratch):
+def _take_chunk(st, jobs, sram, acc, scratch):
     """Claim a chunk of the shared matmul and do it; False if none is left."""
+    shared = st[JOBS_AT]
     ticket = atomic_load(shared + 8 * _TICKET)
     if ticket & _COUNT_MASK >= ticket >> _COUNT_BITS:
         return False
@@ -361,6 +391,7 @@ def _take_chunk(shared, jobs, sram, acc, scratch):
     across = (n + columns - 1) // columns
     first_row, first = chunk // across * rows, chunk % across * columns
     last_row, last = min(first_row + rows, m), min(first + columns, n)
-    run_matmul_range(sram, acc, command, scratch, first_row, last_row, first, last)
+    if not is_abandoned(st):
+        run_matmul_range(sram, acc, command, scratch, first_row, last_row, first, last)
     atomic_add(shared + 8 * _DONE, np.int64(1))
     return True

@@ -43,8 +43,8 @@ class Grants:
         return first * self.unit
 
     def remove(self, start: int, nbytes: int) -> bool:
-        """Whether the range is whole units that were granted; they no longer are."""
-        if start % self.unit or nbytes % self.unit or not self.hold(start, nbytes):
+        """Whether the range is whole units, at least one, that were granted; they no longer are."""
+        if not nbytes or start % self.unit or nbytes % self.unit or not self.hold(start, nbytes):
             return False
         first, count = start // self.unit, nbytes // self.unit
         self._owned[first : first + count] = bytes(count)
