@@ -253,10 +253,6 @@ def _local_scalar_dense(t: torch.Tensor) -> bool | int | float:
     return host_alias(t, writes=False).item()
 
 
-def _record_stream(t: torch.Tensor, stream: torch.Stream) -> None:
-    """Nothing to do: queued work keeps the memory that it uses."""
-
-
 def _redispatched(op: Any) -> Callable:
     def view(*args: Any, **kwargs: Any) -> Any:
         return op.redispatch(_CPU, *args, **kwargs)
@@ -291,7 +287,6 @@ def _register_operations() -> list[torch.library.Library]:
         "_copy_from": _copy_from,
         "_copy_from_and_resize": _copy_from_and_resize,
         "_local_scalar_dense": _local_scalar_dense,
-        "record_stream": _record_stream,
         **{name: _redispatched(op) for name, op in _VIEWS.items()},
     }.items():
         library.impl(name, torch._disable_dynamo(function), "PrivateUse1")
@@ -390,6 +385,17 @@ def _patch_module_apply() -> None:
     torch.nn.Module._apply = _apply
 
 
+def _patch_record_stream() -> None:
+    """There is nothing to record: queued work keeps the memory that it uses."""
+    record = torch.Tensor.record_stream
+
+    def _record_stream(self: torch.Tensor, stream: Any) -> None:
+        if self.device.type != NAME:
+            record(self, stream)
+
+    torch.Tensor.record_stream = _record_stream
+
+
 def _patch_printing() -> None:
     """Tensors are printed from a host copy, not by running a dozen small kernels."""
     from torch import _tensor_str
@@ -407,6 +413,7 @@ def _register() -> list[torch.library.Library]:
     libraries = [*_register_operations(), *autocast.register(), mixing.register()]
     _patch_storage()
     _patch_module_apply()
+    _patch_record_stream()
     _patch_printing()
     # The fused encoder layer that nn.TransformerEncoderLayer takes for inference is one operation
     # that no decomposition opens.

@@ -9,8 +9,9 @@ in no stream: they wait for what they use.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -20,8 +21,6 @@ from pagoda.compiler.region import Executor, Region, TensorArg, TensorInput
 from pagoda.pytorch.places import user_place
 from pagoda.runtime import stream as runtime
 from pagoda.runtime.stream import Queue, Uses
-
-_DEVICE_TYPE = int(torch._C._autograd.DeviceType.PrivateUse1.value)  # type: ignore[attr-defined]
 
 
 class _Current(threading.local):
@@ -35,23 +34,42 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class Stream(torch.Stream):
+def _outside_graphs(cls: type) -> type:
+    """Makes Dynamo leave to Python what a function does with streams. Subclasses of torch.Stream
+    and torch.Event it would take into its graphs, which are one program and wait for nothing."""
+    for name, member in list(vars(cls).items()):
+        if isinstance(member, (types.FunctionType, staticmethod)):
+            function = getattr(cls, name)
+            wrapped = torch._disable_dynamo(function)
+            static = isinstance(member, staticmethod)
+            setattr(cls, name, staticmethod(wrapped) if static else wrapped)
+    return cls
+
+
+@_outside_graphs
+class Stream:
     """`torch.pagoda.Stream(priority=0)`: a queue of operations, of which at most 32 are unfinished;
     one more waits. A lower priority is more urgent. `with stream:` makes it the current one."""
 
-    _queue: Queue
-    _queued: runtime.Stream | None  # None: the default stream
-
-    def __new__(cls, device: Any = None, priority: int = 0) -> Self:
-        queue = _open_queue()
-        return cls._of(queue, runtime.Stream(queue, priority))
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self._queue = _open_queue()
+        # None: the default stream
+        self._queued: runtime.Stream | None = runtime.Stream(self._queue, priority)
 
     @classmethod
-    def _of(cls, queue: Queue, queued: runtime.Stream | None) -> Self:
-        number = 0 if queued is None else queued.number
-        made = super().__new__(cls, stream_id=number, device_index=0, device_type=_DEVICE_TYPE)
-        made._queue, made._queued = queue, queued
+    def _default(cls, queue: Queue) -> Self:
+        made = cls.__new__(cls)
+        made._queue, made._queued = queue, None
         return made
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("pagoda", 0)
+
+    @property
+    def stream_id(self) -> int:
+        """Its number in the order in which streams were made; 0 is the default stream."""
+        return 0 if self._queued is None else self._queued.number
 
     @property
     def priority(self) -> int:
@@ -100,26 +118,23 @@ class Stream(torch.Stream):
         return f"<torch.pagoda.Stream {self.stream_id} priority={self.priority}>"
 
 
-class Event(torch.Event):
+@_outside_graphs
+class Event:
     """`torch.pagoda.Event(enable_timing=False)`: a place in a stream, the current one by default.
 
     blocking changes nothing: waiting never takes processor time. Raises NotImplementedError for
     interprocess.
     """
 
-    _event: runtime.Event
-
-    def __new__(
-        cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
-    ) -> Self:
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ) -> None:
         if interprocess:
             raise NotImplementedError(
                 "torch.pagoda.Event: interprocess=True is not possible, for each process has "
                 "streams of its own; synchronize, then tell the other process"
             )
-        made = super().__new__(cls, device="pagoda", enable_timing=enable_timing)
-        made._event = runtime.Event(_open_queue(), enable_timing)
-        return made
+        self._event = runtime.Event(_open_queue(), enable_timing)
 
     def record(self, stream: Stream | None = None) -> None:
         self._event.record(_own(stream)._queued)
@@ -146,7 +161,7 @@ class Event(torch.Event):
 
 
 def _own(stream: Any) -> Stream:
-    """A stream of this device; None is the current one, torch's generic one the default one."""
+    """None is the current stream, torch's generic one for this device the default one."""
     if stream is None:
         return current_stream()
     if isinstance(stream, Stream):
@@ -165,7 +180,7 @@ def current_stream(device: Any = None) -> Stream:
 
 def default_stream(device: Any = None) -> Stream:
     """The stream without a queue: its operations are finished when their calls return."""
-    return Stream._of(_open_queue(), None)
+    return Stream._default(_open_queue())
 
 
 def set_stream(stream: Stream) -> None:
@@ -173,14 +188,9 @@ def set_stream(stream: Stream) -> None:
     _current.stream = _own(stream)
 
 
-@contextmanager
-def stream(stream: Stream | None) -> Iterator[None]:
+def stream(stream: Stream | None) -> AbstractContextManager[Any]:
     """Queue what this thread does in the `with` block to a stream; None changes nothing."""
-    if stream is None:
-        yield
-        return
-    with _own(stream):
-        yield
+    return nullcontext() if stream is None else _own(stream)
 
 
 def synchronize(device: Any = None) -> None:
@@ -190,15 +200,14 @@ def synchronize(device: Any = None) -> None:
         queue.synchronize()
 
 
+@_outside_graphs
 class Streams:
     """Mixed into `torch.pagoda`."""
 
     Stream, Event = Stream, Event
-    current_stream = staticmethod(torch._disable_dynamo(current_stream))
-    default_stream = staticmethod(torch._disable_dynamo(default_stream))
-    set_stream = staticmethod(torch._disable_dynamo(set_stream))
-    stream = staticmethod(torch._disable_dynamo(stream))
-    synchronize = staticmethod(torch._disable_dynamo(synchronize))
+    current_stream, default_stream = staticmethod(current_stream), staticmethod(default_stream)
+    set_stream, stream = staticmethod(set_stream), staticmethod(stream)
+    synchronize = staticmethod(synchronize)
 
 
 # What the rest of this storey does to memory.
