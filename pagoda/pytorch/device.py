@@ -28,6 +28,7 @@ from pagoda.runtime.stream import Queue
 aten = torch.ops.aten
 NAME = "pagoda"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_EXPLICIT = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 class State:
@@ -253,6 +254,15 @@ def _local_scalar_dense(t: torch.Tensor) -> bool | int | float:
     return host_alias(t, writes=False).item()
 
 
+def _to_copy(t: torch.Tensor, **options: Any) -> torch.Tensor:
+    """torch's own would take page-locked memory for what comes to the CPU without blocking."""
+    place = options.get("device")
+    if not options.get("non_blocking") or place is None or place.type != "cpu":
+        return aten._to_copy.default._op_dk(_EXPLICIT, t, **options)
+    del options["non_blocking"]
+    return torch.empty_like(t, **options).copy_(t, non_blocking=True)
+
+
 def _redispatched(op: Any) -> Callable:
     def view(*args: Any, **kwargs: Any) -> Any:
         return op.redispatch(_CPU, *args, **kwargs)
@@ -287,6 +297,7 @@ def _register_operations() -> list[torch.library.Library]:
         "_copy_from": _copy_from,
         "_copy_from_and_resize": _copy_from_and_resize,
         "_local_scalar_dense": _local_scalar_dense,
+        "_to_copy": _to_copy,
         **{name: _redispatched(op) for name, op in _VIEWS.items()},
     }.items():
         library.impl(name, torch._disable_dynamo(function), "PrivateUse1")

@@ -1,9 +1,9 @@
 """Streams and events of `torch.pagoda`, in the terms of `torch.cuda`.
 
-Outside of streams every operation is finished when its call returns. Inside
-`with torch.pagoda.stream(s):` it is queued to `s` (`pagoda.runtime.stream`) and Python goes on;
-reading a result waits for it. The gradients of `backward` are computed in a thread of torch's own,
-in no stream: they wait for what they use.
+Outside of streams every operation is finished when its call returns, and comes after the operations
+of all streams that were queued before. Inside `with torch.pagoda.stream(s):` it is queued to `s`
+(`pagoda.runtime.stream`) and Python goes on; reading a result waits for it. The gradients of
+`backward` are computed in a thread of torch's own, in no stream.
 """
 
 from __future__ import annotations
@@ -235,15 +235,13 @@ def run(
         if isinstance(entry, TensorInput):
             (writes if region.buffers[entry.view.buffer].mutated else reads).append(tensor)
     uses = Uses(_blocks(reads), _blocks(writes))
-    if queued is None:
+    if current is not None:
+        _require(current, queue)
+    if queued is None or executor.device.anomaly is not None:  # which stops at the line itself
+        if queued is not None:
+            queued.synchronize()
         queue.wait_for(uses)
-        executor.run(region, inputs, outputs, symbols)
-        return
-    assert current is not None
-    _require(current, queue)
-    if executor.device.anomaly is not None:  # it stops at the line, so that line waits
-        queued.synchronize()
-        queue.wait_for(uses)
+        queue.wait_for_launches()
         executor.run(region, inputs, outputs, symbols)
         return
     loaded = executor.load(region, inputs, symbols)

@@ -1,10 +1,13 @@
 """Queued work: streams that a device runs in order while the host goes on, and events.
 
-As a GPU has, a device has two engines, here a thread each: one launches, one copies. An engine
-takes the ready work of the stream with the lowest `priority`, among equals what was queued first.
-Work is ready when the work before it in its stream is done, and what that stream waits for, and, as
-between commands in the chip's own window, all queued work that writes what it uses or uses what it
-writes. So no two streams race: results are those of the same calls made one after another.
+As a GPU has, a device has two engines, here a thread each: one launches, one copies. Work is ready
+when the work before it in its stream is done, and what that stream waits for, and, as between
+commands in the chip's own window, all queued work that writes what it uses or uses what it writes.
+So no two streams race: results are those of the same calls made one after another.
+
+An engine takes the ready work with the lowest `priority`, among equals what was queued first.
+Launches of equal priority do not overtake each other, ready or not: a launch's cycles depend on
+whether its code is still there from the one before, so these are the same in every run, too.
 
 Work that fails is told to whoever next waits for its stream, or for memory that it should have
 written, once; what depends on it is not run.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -64,6 +68,7 @@ class Work:
         self.clock = 0
         self.joins: Work | None = None
         self.waits = 0  # unfinished works that it has to wait for
+        self.ready = False
         self.followers: list[Work] = []
 
 
@@ -186,7 +191,8 @@ class Queue:
         self._pending = 0
         self._number = 0
         self._latest = 0  # the clock of the stream that is furthest
-        self._ready: dict[Engine, list[tuple[int, int, Work]]] = {"launch": [], "copy": []}
+        self._copies: list[tuple[int, int, Work]] = []  # those that are ready
+        self._launches: dict[int, deque[Work]] = {}  # by priority, ready or not, as queued
         self._threads: dict[Engine, Thread] = {}
         self._process = os.getpid()
         self._running = 0
@@ -225,15 +231,21 @@ class Queue:
                     assert work.stream is not None
                     self._raise(work.stream)
 
-    def finish(self) -> bool:
-        """Wait until nothing is queued any more, whatever failed; whether there was anything."""
-        if not self._pending:
-            return False
+    def wait_for_launches(self) -> None:
+        """Wait until the launches that are queued now are finished, whatever failed."""
         self._require_same_process()
         with self.changed:
-            while self._pending:
-                self.changed.wait()
-        return True
+            for work in [work for launches in self._launches.values() for work in launches]:
+                while not work.finished:
+                    self.changed.wait()
+
+    def finish(self) -> None:
+        """Wait until nothing is queued any more, whatever failed."""
+        if self._pending:
+            self._require_same_process()
+            with self.changed:
+                while self._pending:
+                    self.changed.wait()
 
     def synchronize(self) -> None:
         """Wait until nothing is queued any more. Raises what failed first and nobody was told."""
@@ -321,6 +333,8 @@ class Queue:
                 self._writer[block] = work
             for block in work.uses.reads:
                 self._readers.setdefault(block, []).append(work)
+            if work.run is not None and work.engine == "launch":
+                self._launches.setdefault(stream.priority, deque()).append(work)
             if not work.waits:
                 self._release([work])
 
@@ -347,7 +361,9 @@ class Queue:
             if work.run is None or work.failure is not None:
                 works += self._end(work, 0)
                 continue
-            heappush(self._ready[work.engine], (work.stream.priority, work.number, work))
+            work.ready = True
+            if work.engine == "copy":
+                heappush(self._copies, (work.stream.priority, work.number, work))
             if work.engine not in self._threads:
                 self._start(work.engine)
         self.changed.notify_all()
@@ -377,6 +393,11 @@ class Queue:
                 self._failed.append(stream)
             stream.dropped += work.counts and work.failure.work is not work
             stream.spoilt.append(work)
+        if work.counts and work.engine == "launch":
+            launches = self._launches[stream.priority]
+            launches.remove(work)
+            if not launches:
+                del self._launches[stream.priority]
         work.finished = True
         stream.pending -= 1
         self._pending -= 1
@@ -416,18 +437,31 @@ class Queue:
 
     def _next(self, engine: Engine) -> Work | None:
         """The next work; None: the thread shall end."""
+        take = self._next_launch if engine == "launch" else self._next_copy
         with self.changed:
-            ready = self._ready[engine]
-            while not ready and not self._closed:
-                if not self.changed.wait(_IDLE_SECONDS) and not ready:
+            told = True
+            while not self._closed:
+                work = take()
+                if work is not None:
+                    self._running += 1
+                    return work
+                if not told:
                     del self._threads[engine]
                     if not self._threads:
                         atexit.unregister(self._abandon)
                     return None
-            if self._closed:
-                return None
-            self._running += 1
-            return heappop(ready)[-1]
+                told = self.changed.wait(_IDLE_SECONDS)
+            return None
+
+    def _next_copy(self) -> Work | None:
+        return heappop(self._copies)[-1] if self._copies else None
+
+    def _next_launch(self) -> Work | None:
+        for priority in sorted(self._launches):
+            first = self._launches[priority][0]
+            if first.ready:
+                return first
+        return None
 
     def _abandon(self) -> None:
         """The process ends: what runs comes to its end, what is queued is dropped."""
