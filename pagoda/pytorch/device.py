@@ -257,10 +257,10 @@ def _local_scalar_dense(t: torch.Tensor) -> bool | int | float:
 def _to_copy(t: torch.Tensor, **options: Any) -> torch.Tensor:
     """torch's own would take page-locked memory for what comes to the CPU without blocking."""
     place = options.get("device")
-    if not options.get("non_blocking") or place is None or place.type != "cpu":
+    if place is None or place.type != "cpu":
         return aten._to_copy.default._op_dk(_EXPLICIT, t, **options)
-    del options["non_blocking"]
-    return torch.empty_like(t, **options).copy_(t, non_blocking=True)
+    non_blocking = options.pop("non_blocking", False)
+    return _copy_from(t, torch.empty_like(t, **options), non_blocking)
 
 
 def _redispatched(op: Any) -> Callable:
