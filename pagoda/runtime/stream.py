@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from threading import Condition, Thread
 from typing import Any, Literal
 
-from pagoda.runtime.errors import DeviceLost
+from pagoda.runtime.errors import DeviceFault, DeviceLost
 
 QUEUE_LIMIT = 32  # unfinished works of one stream; who queues one more has to wait
 _IDLE_SECONDS = 5.0  # after which an engine's thread ends; the next work starts another
@@ -472,8 +472,10 @@ class Queue:
             self.changed.notify_all()
             for stream in self._failed:
                 assert stream.failure is not None
-                text = self._told(stream, stream.failure, stream.dropped)
-                print(f"pagoda: queued work failed, and nobody waited: {text}", file=sys.stderr)
+                # Others are of this end: the interpreter has closed its thread pools already.
+                if isinstance(stream.failure.error, (DeviceFault, DeviceLost, MemoryError)):
+                    text = self._told(stream, stream.failure, stream.dropped)
+                    print(f"pagoda: queued work failed, and nobody waited: {text}", file=sys.stderr)
             while self._running:
                 self.changed.wait()
 
