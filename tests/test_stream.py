@@ -14,7 +14,8 @@ from functools import partial
 import pytest
 
 from pagoda.runtime import DeviceLost
-from pagoda.runtime.stream import QUEUE_LIMIT, Event, Queue, Stream, Uses
+from pagoda.runtime.stream import Event, Stream
+from pagoda.runtime.work_queue import QUEUE_LIMIT, Queue, Uses
 
 SECONDS = 60.0  # a test that waits so long has failed
 
@@ -323,7 +324,8 @@ def test_the_host_is_told_where_it_uses_what_was_not_written(queue: Queue) -> No
 PROGRAM = """
 import sys, threading
 from pagoda.runtime import DeviceLost
-from pagoda.runtime.stream import Queue, Stream
+from pagoda.runtime.stream import Stream
+from pagoda.runtime.work_queue import Queue
 def lose():
     raise DeviceLost("the device is gone")
 queue = Queue(1000)

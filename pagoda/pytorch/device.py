@@ -23,7 +23,7 @@ from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 from pagoda.runtime import Device
 from pagoda.runtime.memory import OutOfDeviceMemory
-from pagoda.runtime.stream import Queue
+from pagoda.runtime.work_queue import Queue
 
 aten = torch.ops.aten
 NAME = "pagoda"

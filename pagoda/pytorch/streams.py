@@ -2,7 +2,7 @@
 
 Outside of streams every operation is finished when its call returns, and comes after the operations
 of all streams that were queued before. Inside `with torch.pagoda.stream(s):` it is queued to `s`
-(`pagoda.runtime.stream`) and Python goes on; reading a result waits for it. The gradients of
+(`pagoda.runtime.work_queue`) and Python goes on; reading a result waits for it. The gradients of
 `backward` are computed in a thread of torch's own, in no stream.
 """
 
@@ -20,7 +20,7 @@ import torch
 from pagoda.compiler.region import Executor, Region, TensorArg, TensorInput
 from pagoda.pytorch.places import user_place
 from pagoda.runtime import stream as runtime
-from pagoda.runtime.stream import Queue, Uses
+from pagoda.runtime.work_queue import Queue, Uses
 
 
 class _Current(threading.local):

@@ -14,7 +14,7 @@ from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Progra
 from pagoda.runtime.anomaly import AnomalyCheck
 from pagoda.runtime.errors import DeviceFault
 from pagoda.runtime.memory import Allocator
-from pagoda.runtime.stream import Queue
+from pagoda.runtime.work_queue import Queue
 from pagoda.sim import Simulator
 
 WATCHDOG_CYCLES = 10**11  # a hundred seconds of a 1 GHz chip
