@@ -116,7 +116,7 @@ def trace(
         torch._dynamo.reset_code(step.__code__)  # it would hold the model
         used = {a.name for _, arguments in regions for a in arguments if a.kind == "weight"}
         buffers = {
-            name: host_alias(tensor).numpy().copy()
+            name: host_alias(tensor, writes=False).numpy().copy()
             for name, tensor in model.named_buffers()
             if name in used
         }

@@ -12,7 +12,7 @@ import torch
 
 from pagoda.compiler.index_expr import Expr
 from pagoda.compiler.region import Region, TensorArg, View
-from pagoda.pytorch import device
+from pagoda.pytorch import device, streams
 from pagoda.pytorch.symbolic import dtype_name, torch_dtype
 
 compiled: list[Region] = []  # regions loaded in this process, for inspection
@@ -39,7 +39,10 @@ class RegionCall:
             buffer = region.buffers[number]
             count = int(buffer.size.evaluate(symbols))
             made[number] = device.empty_strided((count,), (1,), dtype=torch_dtype(buffer.dtype))
-        device.executor().run(region, passed, [_describe(t) for t in made.values()], symbols)
+        results = [_describe(t) for t in made.values()]
+        streams.run(
+            device.executor(), region, passed, results, symbols, tensors, made.values()
+        )
         inputs = {
             entry.view.buffer: tensor
             for entry, tensor in zip(region.inputs, tensors, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from threading import Lock
 
 from pagoda.compiler.cache import Cache, default_directory, source_hash
 from pagoda.compiler.errors import CompileError
@@ -14,7 +15,7 @@ from pagoda.isa.chip import Chip, load_chip
 from pagoda.kernels.build import build
 from pagoda.pytorch import device as torch_device
 from pagoda.pytorch.errors import Unsupported
-from pagoda.runtime import Device, open_device
+from pagoda.runtime import Device, OutOfDeviceMemory, open_device
 from pagoda.runtime.executor import LoadedExecutable
 from pagoda.runtime.profile import Profile
 from pagoda.runtime.profile import profile as profile_device
@@ -27,9 +28,10 @@ class ChipExecutor:
     """
 
     def __init__(self, device: Device, cache: Cache | None = None) -> None:
-        self.device = device
+        self.device, self.queue = device, device.queue
         self.cache = cache if cache is not None else Cache(None)
         self._loaded: dict[str, LoadedExecutable] = {}
+        self._loading = Lock()
 
     def run(
         self,
@@ -39,14 +41,24 @@ class ChipExecutor:
         symbols: Mapping[str, int],
     ) -> None:
         """See `region.Executor`. Raises Unsupported, DeviceFault, OutOfDeviceMemory."""
+        self.queue.advance(self.load(region, inputs, symbols).run(inputs, outputs, symbols))
+
+    def load(
+        self, region: Region, inputs: Sequence[TensorArg | int], symbols: Mapping[str, int]
+    ) -> LoadedExecutable:
+        """What runs a region, compiled if it is new. Raises Unsupported, OutOfDeviceMemory, and
+        RuntimeError for inputs in other memory."""
         for number, arg in enumerate(inputs):
             if isinstance(arg, TensorArg) and 0 not in arg.sizes:
                 self._require_own(number, arg)
         loaded = self._loaded.get(region.key)
-        if loaded is None:
-            executable = self._compile(region, symbols)
-            loaded = self._loaded[region.key] = LoadedExecutable(self.device, executable)
-        loaded.run(inputs, outputs, symbols)
+        if loaded is not None:
+            return loaded
+        with self._loading:
+            if region.key not in self._loaded:
+                executable = self._compile(region, symbols)
+                self._loaded[region.key] = LoadedExecutable(self.device, executable)
+            return self._loaded[region.key]
 
     def _compile(self, region: Region, symbols: Mapping[str, int]) -> Executable:
         chip = self.device.chip
@@ -66,8 +78,17 @@ class ChipExecutor:
             )
 
     def allocate(self, nbytes: int) -> int:
-        """Host pointer to `nbytes` of the chip's DRAM. Raises OutOfDeviceMemory."""
-        return self.device.pointer(self.device.memory.allocate(nbytes))
+        """Host pointer to `nbytes` of the chip's DRAM. Where none is free, waits for queued work,
+        which keeps memory. Raises OutOfDeviceMemory, and what failed of that work."""
+        memory = self.device.memory
+        try:
+            address = memory.allocate(nbytes)
+        except OutOfDeviceMemory:
+            if not self.queue.uses_memory:
+                raise
+            self.queue.synchronize()
+            address = memory.allocate(nbytes)
+        return self.device.pointer(address)
 
     def free(self, pointer: int) -> None:
         self.device.memory.free(self.device.address(pointer))

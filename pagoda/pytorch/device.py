@@ -18,15 +18,17 @@ import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pagoda.compiler.region import Allocator, Executor
-from pagoda.pytorch import autocast, mixing
+from pagoda.pytorch import autocast, mixing, streams
 from pagoda.pytorch.chip_queries import ChipQueries
 from pagoda.pytorch.storage import HostAllocator, device_bytes, host_alias
 from pagoda.runtime import Device
 from pagoda.runtime.memory import OutOfDeviceMemory
+from pagoda.runtime.work_queue import Queue
 
 aten = torch.ops.aten
 NAME = "pagoda"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_EXPLICIT = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 class State:
@@ -46,8 +48,10 @@ def use(executor: Executor | None = None, allocator: Allocator | None = None) ->
 
     Tensors made before keep the memory they have, and give it back to the allocator they got it
     from; an executor that only accepts its own memory must be set before any tensor is made. Until
-    an allocator is given, tensors lie in ordinary host memory.
+    an allocator is given, tensors lie in ordinary host memory. What is queued for the executor
+    before is finished, and what failed of that raised, when it returns.
     """
+    before: Queue | None = getattr(state.executor, "queue", None)
     importlib.import_module("pagoda.pytorch.inductor")  # registers the torch.compile backend
     if executor is not None:
         state.executor = executor
@@ -55,6 +59,8 @@ def use(executor: Executor | None = None, allocator: Allocator | None = None) ->
         state.allocator = allocator
     elif state.allocator is None:
         state.allocator = HostAllocator()
+    if before is not None:
+        before.synchronize()
 
 
 def _open_default() -> None:
@@ -81,17 +87,23 @@ def executor() -> Executor:
     return state.executor
 
 
-class _Module(ChipQueries, types.ModuleType):
+def opened() -> Device:
+    """The runtime device; without one, the default chip is opened. Raises RuntimeError if tensors
+    lie in host memory."""
+    allocator = _allocator()
+    if isinstance(allocator, HostAllocator):
+        raise RuntimeError(  # noqa: TRY004 - the state is wrong, not an argument
+            "device pagoda lies in host memory now, not on a chip, so there is no chip to ask. "
+            "Call pagoda.use_chip first."
+        )
+    return allocator.device
+
+
+class _Module(ChipQueries, streams.Streams, types.ModuleType):
     """`torch.pagoda`."""
 
     def _opened(self) -> Device:
-        allocator = _allocator()
-        if isinstance(allocator, HostAllocator):
-            raise RuntimeError(  # noqa: TRY004 - the state is wrong, not an argument
-                "device pagoda lies in host memory now, not on a chip, so there is no chip to ask. "
-                "Call pagoda.use_chip first."
-            )
-        return allocator.device
+        return opened()
 
     class device:
         """Context manager; there is one device, so it does nothing."""
@@ -119,9 +131,6 @@ class _Module(ChipQueries, types.ModuleType):
 
     def device_count(self) -> int:
         return 1
-
-    def synchronize(self, device: Any = None) -> None:
-        """Every operation is finished when it returns."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
@@ -230,8 +239,8 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking=False) -
         from pagoda.pytorch import eager
 
         eager.run(aten.copy_.default, (target, source.expand(target.shape)), {})
-    else:
-        host_alias(target).copy_(host_alias(source))
+    elif not ((non_blocking or on_device) and streams.queue_copy(source, target)):
+        host_alias(target).copy_(host_alias(source, writes=False))
     return target
 
 
@@ -242,7 +251,16 @@ def _copy_from_and_resize(source: torch.Tensor, target: torch.Tensor) -> torch.T
 
 
 def _local_scalar_dense(t: torch.Tensor) -> bool | int | float:
-    return host_alias(t).item()
+    return host_alias(t, writes=False).item()
+
+
+def _to_copy(t: torch.Tensor, **options: Any) -> torch.Tensor:
+    """torch's own would take page-locked memory for what comes to the CPU without blocking."""
+    place = options.get("device")
+    if place is None or place.type != "cpu":
+        return aten._to_copy.default._op_dk(_EXPLICIT, t, **options)
+    non_blocking = options.pop("non_blocking", False)
+    return _copy_from(t, torch.empty_like(t, **options), non_blocking)
 
 
 def _redispatched(op: Any) -> Callable:
@@ -279,6 +297,7 @@ def _register_operations() -> list[torch.library.Library]:
         "_copy_from": _copy_from,
         "_copy_from_and_resize": _copy_from_and_resize,
         "_local_scalar_dense": _local_scalar_dense,
+        "_to_copy": _to_copy,
         **{name: _redispatched(op) for name, op in _VIEWS.items()},
     }.items():
         library.impl(name, torch._disable_dynamo(function), "PrivateUse1")
@@ -318,7 +337,7 @@ def _patch_storage() -> None:
     def _to_device(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
         copied = _new_storage(self.nbytes())
         source, target = _storage_bytes(self), _storage_bytes(copied)
-        host_alias(target).copy_(host_alias(source))
+        host_alias(target).copy_(host_alias(source, writes=False))
         return copied
 
     def _pagoda(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
@@ -377,6 +396,17 @@ def _patch_module_apply() -> None:
     torch.nn.Module._apply = _apply
 
 
+def _patch_record_stream() -> None:
+    """There is nothing to record: queued work keeps the memory that it uses."""
+    record = torch.Tensor.record_stream
+
+    def _record_stream(self: torch.Tensor, stream: Any) -> None:
+        if self.device.type != NAME:
+            record(self, stream)
+
+    torch.Tensor.record_stream = _record_stream
+
+
 def _patch_printing() -> None:
     """Tensors are printed from a host copy, not by running a dozen small kernels."""
     from torch import _tensor_str
@@ -394,6 +424,7 @@ def _register() -> list[torch.library.Library]:
     libraries = [*_register_operations(), *autocast.register(), mixing.register()]
     _patch_storage()
     _patch_module_apply()
+    _patch_record_stream()
     _patch_printing()
     # The fused encoder layer that nn.TransformerEncoderLayer takes for inference is one operation
     # that no decomposition opens.

@@ -7,15 +7,21 @@ what they are here is plain data that goes with each kernel call (`pagoda.compil
 from __future__ import annotations
 
 import hashlib
+import linecache
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from pagoda.compiler.region import Place
+
+_OWN = (Path(__file__).parents[1], Path(torch.__file__).parent)
 
 
 def operations(*parts: Any) -> list[torch.fx.Node]:
@@ -42,6 +48,28 @@ def line(node: Any) -> str:
         return ""
     where, *code = (text.strip() for text in lines[places[-1] : places[-1] + 2])
     return f"{where.replace('File ', 'file ', 1)}: {' '.join(code)}"
+
+
+def user_place() -> Callable[[], str]:
+    """The innermost line that runs now outside of this package and torch. The function tells it in
+    the form of `line`; empty if there is none."""
+    frame = sys._getframe()
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            return partial(_told, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        frame = frame.f_back
+    return str
+
+
+@cache
+def _is_users(file: str) -> bool:
+    path = Path(file)
+    return path.is_file() and not any(path.is_relative_to(own) for own in _OWN)
+
+
+def _told(file: str, line: int, function: str) -> str:
+    code = linecache.getline(file, line).strip()
+    return f'file "{file}", line {line}, in {function}: {code}'
 
 
 def digest(graph: torch.fx.Graph) -> str:

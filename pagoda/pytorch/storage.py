@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pagoda.compiler.region import Allocator
+from pagoda.pytorch import streams
 
 _KDL_EXT_DEV = 12
 _DEVICE_TYPE_OFFSET = ctypes.sizeof(ctypes.c_void_p)  # DLTensor: data, then the device's type
@@ -76,12 +77,19 @@ def device_bytes(nbytes: int, allocator: Allocator) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(capsule)
 
 
-def host_alias(tensor: torch.Tensor) -> torch.Tensor:
+def host_alias(tensor: torch.Tensor, writes: bool = True) -> torch.Tensor:
     """A CPU tensor over the same bytes as a device tensor; a CPU tensor is returned unchanged.
 
     For copies between host and device only; nothing is computed through it but what
-    `fallbacks` counts. It keeps the device tensor alive.
+    `fallbacks` counts. It keeps the device tensor alive. Waits for queued work that uses the
+    tensor; without `writes`, for what writes it. Raises what failed of that.
     """
+    streams.wait_for(tensor, writes)
+    return raw_alias(tensor)
+
+
+def raw_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """As `host_alias`, but waits for nothing."""
     if tensor.device.type == "cpu":
         return tensor
     storage = tensor.untyped_storage()

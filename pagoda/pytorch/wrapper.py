@@ -226,7 +226,7 @@ class _RegionBuilder:
 
     def _constant(self, name: str, value: torch.Tensor) -> None:
         dtype = dtype_name(value.dtype)
-        flat = host_alias(value.detach()).reshape(-1).contiguous()
+        flat = host_alias(value.detach(), writes=False).reshape(-1).contiguous()
         data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         self.buffers.append(Buffer(name, dtype, Const(flat.numel()), "constant", data=data))
         strides = torch.empty(value.shape, device="meta").stride()

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Progra
 from pagoda.runtime.anomaly import AnomalyCheck
 from pagoda.runtime.errors import DeviceFault
 from pagoda.runtime.memory import Allocator
+from pagoda.runtime.work_queue import Queue
 from pagoda.sim import Simulator
 
 WATCHDOG_CYCLES = 10**11  # a hundred seconds of a 1 GHz chip
@@ -50,6 +52,8 @@ class Device:
     """A chip with an operating system, as one process sees it.
 
     Addresses are DRAM byte addresses; `pointer` turns one into a host pointer to the same bytes.
+    Threads may share a device: a launch waits for another one's end, and whoever makes several that
+    belong together holds `exclusive`. Work that nobody waits for is queued in `queue`.
     machine: default a simulator, on so many host threads (default: one for each processor).
     memory: who hands out the machine's DRAM; by default an allocator of all of it, or of its first
     `memory_limit` bytes.
@@ -76,6 +80,8 @@ class Device:
         self.launches = 0
         self.counters = Counters()
         self.anomaly: AnomalyCheck | None = None  # what executables look for in results
+        self.exclusive = RLock()
+        self.queue = Queue(chip.clock_hz)
         self._listeners: list[Callable[[LaunchRecord], None]] = []
 
     def pointer(self, address: int) -> int:
@@ -116,13 +122,14 @@ class Device:
         calls: Sequence[KernelCall] = (),
     ) -> Result:
         """Run a program to its end. calls: for profiles. Raises DeviceFault if it faults."""
-        self.machine.start(Launch(program, tuple(args), tuple(slots), self.watchdog))
-        result = self.machine.wait()
-        self.cycles += result.cycles
-        self.launches += 1
-        self.counters += result.counters
-        for listener in self._listeners:
-            listener(LaunchRecord(program, result, calls))
+        with self.exclusive:
+            self.machine.start(Launch(program, tuple(args), tuple(slots), self.watchdog))
+            result = self.machine.wait()
+            self.cycles += result.cycles
+            self.launches += 1
+            self.counters += result.counters
+            for listener in self._listeners:
+                listener(LaunchRecord(program, result, calls))
         if result.fault is not None:
             message = _explain(program, result.fault, tensor_at)
             raise DeviceFault(message, result.fault, result.in_flight)
@@ -130,21 +137,30 @@ class Device:
 
     @contextmanager
     def listening(self, listener: Callable[[LaunchRecord], None]) -> Iterator[None]:
-        """Call `listener` after every launch inside the `with` block."""
+        """Call `listener` after every launch inside the `with` block, also of what is queued
+        there."""
+        self.queue.finish()
         self._listeners.append(listener)
         try:
             yield
         finally:
-            self._listeners.remove(listener)
+            try:
+                self.queue.finish()
+            finally:
+                self._listeners.remove(listener)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Have the machine keep traces (`Result.trace`) inside the `with` block."""
+        self.queue.finish()
         before, self.machine.tracing = self.machine.tracing, True
         try:
             yield
         finally:
-            self.machine.tracing = before
+            try:
+                self.queue.finish()
+            finally:
+                self.machine.tracing = before
 
 
 def _explain(program: Program, fault: Fault, tensor_at: TensorNamer | None) -> str:

@@ -130,10 +130,11 @@ class LoadedExecutable:
     ) -> int:
         """Run the launches; returns their cycles. Raises DeviceFault, OutOfDeviceMemory, and
         AnomalyError if the device looks for such."""
-        placement = self._place(inputs, outputs, symbols)
-        if self.device.anomaly is not None:
-            return self._run_watched(self.device.anomaly, placement, symbols)
-        return sum(self._launch(each, placement, symbols) for each in self._lists)
+        with self.device.exclusive:  # call lists and temporaries belong to one run at a time
+            placement = self._place(inputs, outputs, symbols)
+            if self.device.anomaly is not None:
+                return self._run_watched(self.device.anomaly, placement, symbols)
+            return sum(self._launch(each, placement, symbols) for each in self._lists)
 
     def _launch(self, each: _CallList, placement: _Placement, symbols: Mapping[str, int]) -> int:
         words = each.fill(placement.slot_of, placement.relative, symbols)
