@@ -65,14 +65,17 @@ export PROMPT CHIP
 chat: $(WEIGHTS)
 	@$(VENV)/bin/pagoda chat $${CHIP:+--chip "$$CHIP"} $${PROMPT:+--prompt "$$PROMPT"}
 
+# A process takes about 1.5 GB; four at most.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
+
 test: $(WEIGHTS) $(RTL)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-full: $(WEIGHTS) $(MODELS) $(RTL)
-	$(VENV)/bin/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 test-chip-full: $(WEIGHTS) $(SYNTHESIS)
-	$(VENV)/bin/python -m pytest -m "" tests/test_chip_*.py
+	$(PYTEST) -m "" tests/test_chip_*.py
 
 test-isolation: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow tests/test_isolation.py
