@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -75,6 +76,28 @@ def share():
 def device(path, share):
     eventually(lambda: not figures(path)["contexts"])
     return share(path)
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Interrupts what is inside, and expects that. Python drops an interrupt that it meets in the
+    middle of collecting garbage: after some seconds there is another one."""
+    over = threading.Event()
+
+    def strike():
+        wait = 0.1
+        while not over.wait(wait):
+            os.kill(os.getpid(), signal.SIGINT)
+            wait = 5.0
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        over.set()
+        striking.join()
 
 
 def client(path, code: str):
@@ -275,8 +298,7 @@ def test_reset_ends_launches_and_contexts(path, share):
 
 def test_ctrl_c_ends_a_launch_and_leaves_the_device(device):
     for _ in range(3):
-        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
+        with ctrl_c():
             device.launch(ENDLESS)
         assert multiply(device)[0] == multiply(Device(TINY))[0]
 
@@ -323,8 +345,7 @@ def test_interrupts_at_any_moment_tear_nothing(device):
 def test_ctrl_c_ends_the_wait_for_a_turn(path, device):
     busy = client(path, "d.launch(ENDLESS)")
     eventually(lambda: [e for e in figures(path)["contexts"] if e["state"] == "running"])
-    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c():
         device.launch(ENDLESS)
     kill(busy)
     assert multiply(device)[0] == multiply(Device(TINY))[0]
