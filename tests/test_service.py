@@ -81,7 +81,9 @@ def device(path, share):
 @contextlib.contextmanager
 def ctrl_c():
     """Interrupts what is inside, and expects that. Python drops an interrupt that it meets in the
-    middle of collecting garbage: after some seconds there is another one."""
+    middle of collecting garbage: after some seconds there is another one. A shell starts what it
+    runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     over = threading.Event()
 
     def strike():
@@ -98,6 +100,7 @@ def ctrl_c():
     finally:
         over.set()
         striking.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def client(path, code: str):
