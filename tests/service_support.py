@@ -21,7 +21,7 @@ from pagoda.compiler.link import link
 from pagoda.isa import Chip, Program, load_chip
 from pagoda.isa.machine import Result
 from pagoda.runtime import Device, open_device
-from pagoda.runtime.service.remote import Connection, NotRunning
+from pagoda.runtime.service.remote import Connection, answers
 
 ROOT = Path(__file__).parents[1]
 TINY = load_chip("tiny")
@@ -71,7 +71,7 @@ def serving(
     """A service on a socket, as a process. options: more arguments of `Service`, as code."""
     process = run_python(SERVE.format(chip=chip, path=str(path), options=options, before=before))
     try:
-        eventually(lambda: process.poll() is not None or _answers(path))
+        eventually(lambda: process.poll() is not None or answers(path))
         yield process
     finally:
         process.terminate()
@@ -83,21 +83,10 @@ def serving(
         process.stdout.close()
 
 
-def _answers(path: Path) -> bool:
-    try:
-        Connection(path).close()
-    except NotRunning:
-        return False
-    return True
-
-
 def figures(path: Path) -> dict:
     """The service's own figures."""
-    connection = Connection(path)
-    try:
+    with Connection(path) as connection:
         return connection.figures()
-    finally:
-        connection.close()
 
 
 def shared(path: Path, chip: Chip | None = None, **wishes) -> Device:

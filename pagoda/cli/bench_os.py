@@ -29,7 +29,7 @@ from pagoda.isa.program import Program
 from pagoda.runtime import Device, open_device
 from pagoda.runtime.replay import Job, save_jobs
 from pagoda.runtime.service.protocol import Type
-from pagoda.runtime.service.remote import Connection, NotRunning
+from pagoda.runtime.service.remote import Connection, answers
 
 PROCESSES = 8
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)
@@ -63,26 +63,18 @@ def service(chip: Chip, folder: Path) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
 
-    def answers() -> bool:
+    def started() -> bool:
         if process.poll() is not None:
             told = (folder / "log").read_text(errors="replace").strip()
             raise click.ClickException(f"bench os: the service ended: {told}")
-        return _answers(socket)
+        return answers(socket)
 
     try:
-        _eventually(answers, "the service")
+        _eventually(started, "the service")
         yield str(socket)
     finally:
         process.terminate()
         process.wait(20)
-
-
-def _answers(socket: Path) -> bool:
-    try:
-        Connection(socket).close()
-    except NotRunning:
-        return False
-    return True
 
 
 def _eventually(what: Callable[[], bool], name: str) -> None:
@@ -131,14 +123,6 @@ class _Program:
         return complaint
 
 
-def _figures(socket: str) -> dict[str, Any]:
-    connection = Connection(Path(socket))
-    try:
-        return connection.figures()
-    finally:
-        connection.close()
-
-
 def launch_overhead(chip: Chip, socket: str) -> dict[str, float]:
     """Median microseconds of a launch that does nothing, both kinds of device by turns."""
     program = shortest_program()
@@ -163,7 +147,8 @@ def _served(socket: str, programs: Sequence[_Program], seconds: float) -> list[i
     _eventually(lambda: all(program.started() for program in programs), "a program")
 
     def cycles() -> dict[int, int]:
-        contexts = _figures(socket)["contexts"]
+        with Connection(Path(socket)) as connection:
+            contexts = connection.figures()["contexts"]
         return {each["pid"]: each["cycles"] * each["cores"] for each in contexts}
 
     before = cycles()
@@ -236,14 +221,14 @@ def survival(socket: str, jobs: Path, seconds: float, seed: int) -> dict[str, An
             programs[place] = _Program(socket, jobs, place, number, faults=_FAULTS)
         if now > next_reset:
             next_reset = now + chance.uniform(*_RESET_SECONDS)
-            connection = Connection(Path(socket))
-            connection.ask(Type.RESET)
-            connection.close()
+            with Connection(Path(socket)) as connection:
+                connection.ask(Type.RESET)
             found["resets"] += 1
     for program in programs:
         take(program)
     time.sleep(1.0)
-    lost = _figures(socket)["memory_bytes"]
+    with Connection(Path(socket)) as connection:
+        lost = connection.figures()["memory_bytes"]
     return {
         "seconds": seconds, **found, "faults": sums["faults"], "reopened": sums["reopened"],
         "results": sums["results"], "wrong_results": sums["wrong"], "lost_bytes": lost,

@@ -24,7 +24,7 @@ from pagoda.runtime.service.discovery import DEFAULT_CHIP, EMBEDDED, VARIABLE
 from pagoda.runtime.service.limits import load_limits
 from pagoda.runtime.service.paths import DEFAULT_NAME, AlreadyRunning, Lock, socket_path
 from pagoda.runtime.service.protocol import Type
-from pagoda.runtime.service.remote import Connection, NotRunning
+from pagoda.runtime.service.remote import Connection, NotRunning, answers
 
 _START_SECONDS = 600.0  # on a new computer the simulator is compiled first
 _STOP_SECONDS = 10.0
@@ -114,11 +114,9 @@ def _start_apart(path: Path, words: list[str]) -> None:
         deadline = time.monotonic() + _START_SECONDS
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                try:
-                    Connection(path).close()
+                if answers(path):
                     return
-                except NotRunning:
-                    time.sleep(_POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             process.terminate()
             raise
@@ -178,10 +176,9 @@ def _serve(path: Path, chip: str, config: Path | None, log: Path | None, mode: i
 @service_option
 def stop(path: Path) -> None:
     """Stop the service; what its programs have on the chip can still be copied to the host."""
-    connection = Connection(path)
-    pid = connection.pid
-    connection.ask(Type.STOP)
-    connection.close()
+    with Connection(path) as connection:
+        pid = connection.pid
+        connection.ask(Type.STOP)
     deadline = time.monotonic() + _STOP_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -200,9 +197,8 @@ def stop(path: Path) -> None:
 @service_option
 def reset(path: Path) -> None:
     """End every launch and context at once, as after a power cycle; memory is free again."""
-    connection = Connection(path)
-    connection.ask(Type.RESET)
-    connection.close()
+    with Connection(path) as connection:
+        connection.ask(Type.RESET)
     click.echo(f"the device on {path} is reset: its programs have to open it again")
 
 
@@ -211,9 +207,8 @@ def reset(path: Path) -> None:
 @json_option
 def status(path: Path, as_json: bool) -> None:
     """What the service and its programs do."""
-    connection = Connection(path)
-    figures = connection.figures()
-    connection.close()
+    with Connection(path) as connection:
+        figures = connection.figures()
     if as_json:
         click.echo(json.dumps(figures))
     else:

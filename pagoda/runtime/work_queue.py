@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from threading import Lock, RLock, Thread, current_thread, main_thread
+from threading import Lock, RLock, Thread
 from typing import Any, Literal
 
 from pagoda.runtime.errors import DeviceFault, DeviceLost
+from pagoda.runtime.interrupts import held_interrupts
 
 QUEUE_LIMIT = 32  # unfinished works of one chain; who queues one more has to wait
 _IDLE_SECONDS = 5.0  # after which an engine's thread ends; the next work starts another
@@ -198,7 +197,7 @@ class Queue:
     def _tell(self, chain: Chain) -> None:
         """Raise what failed of a chain, which goes on unharmed."""
         self._sleep_until(lambda: not chain.pending)
-        with _held_interrupts(), self.lock:
+        with held_interrupts(), self.lock:
             failure, dropped = chain.failure, chain.dropped
             if failure is None:  # another thread was told meanwhile
                 return
@@ -242,7 +241,7 @@ class Queue:
         assert chain is not None
         while True:
             self._sleep_until(lambda: chain.pending < QUEUE_LIMIT)
-            with _held_interrupts(), self.lock:
+            with held_interrupts(), self.lock:
                 if chain.pending < QUEUE_LIMIT:  # no other thread was faster
                     self._link(work, chain)
                     return
@@ -407,23 +406,6 @@ class Queue:
                     text = self._told(chain, chain.failure, chain.dropped)
                     print(f"pagoda: queued work failed, and nobody waited: {text}", file=sys.stderr)
         self._sleep_until(lambda: not self._running)
-
-
-@contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Ctrl-C is raised at the end of the block."""
-    before = signal.getsignal(signal.SIGINT)
-    if current_thread() is not main_thread() or not callable(before):
-        yield
-        return
-    struck: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *found: struck.append(found))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if struck:
-            before(*struck[0])
 
 
 def _operations(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Loops over lanes that LLVM's vectoriser does not find, as vector code: some thirty times faster
+"""Loops over lanes that LLVM's vectoriser does not find, as vector code: some three times faster
 than lane by lane.
 
 Each works on whole vectors of VECTOR_LENGTH lanes at byte addresses; what remains of a run is left

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -19,6 +16,7 @@ from pagoda import __version__
 from pagoda.isa import CONTRACT_VERSION, Launch, Program, Result
 from pagoda.isa.machine import MachineBase
 from pagoda.runtime.errors import DeviceLost, ServiceError
+from pagoda.runtime.interrupts import held_interrupts
 from pagoda.runtime.memory import OutOfDeviceMemory
 from pagoda.runtime.service.launches import Outcome, pack_launch, unpack_chip, unpack_result
 from pagoda.runtime.service.protocol import (
@@ -103,8 +101,13 @@ class Connection:
 
     def ask(self, kind: Type, **fields: Any) -> Message:
         """Send a request; returns the answer. Raises DeviceLost, and what `refusal` says."""
-        with self._lock, _held_interrupt(self._channel.socket):
+        # Ctrl-C must not tear a request, or lose what it was granted. The second one does not wait.
+        with self._lock, held_interrupts(self._hang_up):
             return self._exchange(kind, pack(kind, **fields), "a request", kind is Type.OPEN)
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.socket.shutdown(socket.SHUT_RDWR)
 
     def launch(self, body: bytes, what: str, traced: bool, interrupt: int) -> Message:
         """As `ask`, for a packed launch. what: names it in messages; traced: it asks for a trace.
@@ -210,6 +213,12 @@ class Connection:
             raise ValueError(text)
         raise ServiceError(text)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the connection; the service frees what belongs to it."""
         self._break("the device was closed; open it again")
@@ -221,6 +230,15 @@ class Connection:
 
 _KEPT = "what its tensors hold can still be copied to the host"
 _AFTERWARDS = f"{_KEPT}; start the service again with `pagoda device start`, and the program"
+
+
+def answers(path: Path) -> bool:
+    """Whether a service runs on the socket. Raises ServiceError if it may not be used."""
+    try:
+        Connection(path).close()
+    except NotRunning:
+        return False
+    return True
 
 
 class RemoteMachine(MachineBase):
@@ -354,31 +372,6 @@ def _connect(path: Path) -> socket.socket:
             f"device service on {path}: no connection ({error.strerror}); check the path"
         ) from None
     return connected
-
-
-@contextlib.contextmanager
-def _held_interrupt(connected: socket.socket) -> Iterator[None]:
-    """Ctrl-C must not tear a request, or lose what it was granted: it is raised when the answer is
-    there. The second one does not wait: the connection is given up."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    struck: list[tuple[int, FrameType | None]] = []
-
-    def later(number: int, frame: FrameType | None) -> None:
-        struck.append((number, frame))
-        if len(struck) > 1:
-            with contextlib.suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
-
-    signal.signal(signal.SIGINT, later)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if struck:
-            before(*struck[0])
 
 
 def _program_name() -> str:
