@@ -9,9 +9,11 @@ another that they differ.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -27,6 +29,9 @@ MAX_BODY_BYTES = 2 << 20  # the largest program and the longest status stay far 
 _MAX_FDS = 4
 _CREDENTIALS = struct.Struct("3i")
 _FIRST_BUFFER = 1 << 16
+# An idle processor takes longer to wake than a short launch takes to run. So who awaits a message
+# looks again and again for so long before it sleeps, if the message before was not long in coming.
+_LOOK_SECONDS = 150e-6
 
 
 class Type(IntEnum):
@@ -208,6 +213,7 @@ class Channel:
         self._begin = self._end = 0  # what has come and was not yet taken
         self._fds: list[int] = []
         self._descriptors = False
+        self._looks = True  # before it sleeps
 
     def send(
         self, kind: Type, number: int, body: bytes | bytearray = b"", fds: Sequence[int] = ()
@@ -269,13 +275,24 @@ class Channel:
     def _receive_some(self) -> int:
         space = memoryview(self._buffer)[self._end :]
         if not self._descriptors:
-            return self.socket.recv_into(space)
+            return self._receive_soon(space)
         received, ancillary, _, _ = self.socket.recvmsg_into(
             [space], socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
+        return received
+
+    def _receive_soon(self, space: memoryview) -> int:
+        begun = time.perf_counter()
+        if self._looks and self.socket.gettimeout() is None:
+            while time.perf_counter() < begun + _LOOK_SECONDS:
+                with contextlib.suppress(BlockingIOError):
+                    return self.socket.recv_into(space, 0, socket.MSG_DONTWAIT)
+                os.sched_yield()  # the other side may wait for this processor
+        received = self.socket.recv_into(space)
+        self._looks = time.perf_counter() < begun + 2 * _LOOK_SECONDS
         return received
 
     def skip_to(self, last: bytes) -> None:
