@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.sim import matmul
-from pagoda.sim.matmul import SCRATCH_BYTES, run_matmul, run_matmul_range
+from pagoda.sim.matmul import SCRATCH_BYTES, B, run_matmul, run_matmul_range
 
 SRAM_BYTES, ACC_BYTES = 1 << 16, 1 << 14
 SCRATCH = np.zeros(SCRATCH_BYTES, np.uint8)
@@ -250,8 +250,34 @@ def test_ranges_of_outputs_are_independent(transpose_a: bool):
     want = expected(sram, acc, words)
     for m_begin, m_end in ((20, 21), (0, 8), (8, 20)):
         for n_begin, n_end in ((19, 37), (0, 19)):
-            run_matmul_range(sram, acc, words, SCRATCH, m_begin, m_end, n_begin, n_end)
+            run_matmul_range(sram, acc, words, SCRATCH, m_begin, m_end, n_begin, n_end, 0)
     np.testing.assert_array_equal(acc, want)
+
+
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("rows", [20, matmul.M_BLOCK + 9])
+def test_packed_rows_are_used_again_while_their_state_is_the_same(rows: int, transpose_a: bool):
+    depth = matmul.K_BLOCK + 20
+    stride = rows if transpose_a else depth
+    case = Case((rows, 1, 1), (stride, 0, 0), depth, n=10, transpose_a=transpose_a)
+    words, scratch = case.fields(), np.zeros(SCRATCH_BYTES, np.uint8)
+    sram, acc = memories(5, NORMAL, False)
+
+    def run(state: int, n_begin: int = 0, m_end: int = rows) -> np.ndarray:
+        result = acc.copy()
+        run_matmul_range(sram, result, words, scratch, 0, m_end, n_begin, 10, state)
+        return result
+
+    before = expected(sram, acc, words)
+    np.testing.assert_array_equal(run(7), before)
+    sram[1 : words[B] : 40] ^= 0x80  # of A only: some signs
+    after = expected(sram, acc, words)
+    np.testing.assert_array_equal(run(7), before)
+    assert not np.array_equal(before, after)
+    for state in (8, 8, 0, 8):  # another one, the same, unknown, what was kept is gone
+        np.testing.assert_array_equal(run(state), after)
+    run(8, n_begin=4, m_end=8)  # other rows
+    np.testing.assert_array_equal(run(8), after)
 
 
 @pytest.mark.slow

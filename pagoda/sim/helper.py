@@ -41,7 +41,7 @@ class Helper:
         self._own[at.LANES_AT] = self._lanes.ctypes.data
         self._own[at.OVERFLOW_PC] = -1
         self._jobs[STOP] = 0
-        self._state[at.POSTED] = self._jobs[COMPLETED]
+        self._state[at.POSTED] = self._state[at.POSTED_BEFORE] = self._jobs[COMPLETED]
         self._state[at.HELPED] = 1
         self._wake.set()
 

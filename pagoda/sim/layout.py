@@ -78,6 +78,7 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     HELPED,  # 1: a helper executes the commands
     SERVING,  # 1: this is the helper's state, not a core's
     POSTED,  # commands left to the helper so far
+    POSTED_BEFORE,  # of these, before this launch
     FAULT,  # FaultKind, 0 for none
     FAULT_CYCLE,
     FAULT_PC,
@@ -94,7 +95,7 @@ argument and compile once. Host addresses of the memories are numbers in it too.
     LOG_AT,  # checking mode: DRAM rows touched in this epoch
     LOG_ROWS,
     LOG_USED,
-) = range(48, 93)
+) = range(48, 94)
 
 FIELDS = 128
 BANKS = 11

@@ -18,11 +18,15 @@ from pagoda.sim.microkernel import (
     FUSED_ROWS,
     FUSED_VECTORS,
     INT8,
+    PACKED_A_ROW,
     TILE_COLUMNS,
     TILE_ROWS,
+    TILE_VECTORS,
+    fma_tall_tile,
     fma_tile,
     fma_tile_bf16,
     fma_tile_transposed,
+    tall_rows,
     transpose_bf16,
     transpose_int8,
     widen_bf16,
@@ -43,20 +47,26 @@ N_BLOCK = 256 // TILE_COLUMNS * TILE_COLUMNS
 # is packed, so its blocks may be longer.
 FUSED_M = 8
 K_LONG = 512
-# Rows of widened A are padded: vectors may be written past the end, and rows a power of two
-# bytes apart would share cache sets.
-_A_ROW = 4 * (max(K_BLOCK, M_BLOCK) + 2 * VECTOR_LENGTH)
+# Vectors may be written past the end of a packed row.
+assert PACKED_A_ROW >= 4 * (max(K_BLOCK, M_BLOCK) + VECTOR_LENGTH)
+_TALL_ROWS = (0, *(tall_rows(vectors) for vectors in range(1, TILE_VECTORS + 1)))
 _PANEL_BYTES = 4 * K_BLOCK * TILE_COLUMNS
 _PANELS_AT = 0
+# Packed blocks of A, so many, are kept for what next multiplies the same A: `run_matmul_range`.
+_KEPT_BLOCKS = 6
+_A_BLOCK_BYTES = PACKED_A_ROW * max(K_BLOCK, M_BLOCK)
 _A_AT = _PANELS_AT + _PANEL_BYTES * (N_BLOCK // TILE_COLUMNS)
-_TILE_AT = _A_AT + _A_ROW * max(K_BLOCK, M_BLOCK)
+_TILE_AT = _A_AT + _A_BLOCK_BYTES * _KEPT_BLOCKS
 _TILE_ROW = 4 * TILE_COLUMNS
-_STAGING_AT = _TILE_AT + _TILE_ROW * TILE_ROWS
+_STAGING_AT = _TILE_AT + _TILE_ROW * max(_TALL_ROWS)
 _STAGING_ROW = 4 * VECTOR_LENGTH
 _LONG_A_AT = _STAGING_AT + _STAGING_ROW * VECTOR_LENGTH
 _LONG_A_ROW = 4 * (K_LONG + 2 * VECTOR_LENGTH)
-SCRATCH_BYTES = _LONG_A_AT + _LONG_A_ROW * FUSED_M + 64
-"""Bytes `run_matmul` needs in `scratch`; its contents mean nothing between calls."""
+# What is kept: GO's bits that matter, the fields of A and k, rows, and the state of A.
+_KEY_AT = _LONG_A_AT + _LONG_A_ROW * FUSED_M
+_KEY_STATE, _KEY_WORDS = 13, 14
+SCRATCH_BYTES = _KEY_AT + 8 * _KEY_WORDS + 64
+"""Bytes that `run_matmul` needs in `scratch`, all zero at first."""
 
 
 # Called from compiled code only: wrappers for Python would double the time to compile.
@@ -180,21 +190,28 @@ def _add_tile(acc32, tile, target, stride, rows, columns, from_zero):
 
 
 @_internal
-def _tiles(acc, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_count, zero, tile):
+def _tiles(acc, fields, a, panels, m, m_count, n, n_count, k_count, zero, tile):
     """One block of outputs += packed A block * packed B block."""
     acc32 = acc.view(np.int32)
     floats = (fields[GO] & TYPE_MASK) == BF16
+    by_columns = (fields[GO] & TRANSPOSE_A) != 0
+    a_row, a_k = np.int64(PACKED_A_ROW), np.int64(4)
+    if by_columns:
+        a_row, a_k = a_k, a_row
     stride = fields[ACC_STRIDE]
-    groups = (m_count + TILE_ROWS - 1) // TILE_ROWS
     for j in range(0, n_count, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n_count - j)
         vectors = (columns + VECTOR_LENGTH - 1) // VECTOR_LENGTH
         direct = floats and columns == vectors * VECTOR_LENGTH
         panel = panels + (j // TILE_COLUMNS) * _PANEL_BYTES
+        tall = _TALL_ROWS[vectors]
         i = 0
-        for group in range(groups):
-            # rows spread evenly over the tiles: 128 rows = 18 tiles of 6 and 4 of 5
-            rows = (m_count - i + groups - group - 1) // (groups - group)
+        while i < m_count:
+            left = m_count - i
+            rows = tall
+            if left < tall:  # the rest is spread evenly
+                tiles = (left + TILE_ROWS - 1) // TILE_ROWS
+                rows = (left + tiles - 1) // tiles
             target = fields[ACC] + (m + i) * stride + 4 * (n + j)
             clear = zero
             if direct:
@@ -205,7 +222,11 @@ def _tiles(acc, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_count, 
                     clear = 1
                 elif not zero:
                     _copy(tile, 0, TILE_COLUMNS, acc32, target >> 2, stride >> 2, rows, columns)
-            fma_tile(rows, vectors, a + i * a_row, a_row, a_k, panel, c, c_row, k_count, clear)
+            first = a + i * a_row
+            if rows == tall:
+                fma_tall_tile(vectors, first, by_columns, panel, c, c_row, k_count, clear)
+            else:
+                fma_tile(rows, vectors, first, a_row, a_k, panel, c, c_row, k_count, clear)
             if not direct:
                 if floats:
                     _copy(acc32, target >> 2, stride >> 2, tile, 0, TILE_COLUMNS, rows, columns)
@@ -226,34 +247,68 @@ def _copy(target, at, at_stride, source, start, start_stride, rows, columns):
 
 
 @_internal
-def _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, k_begin):
-    """Outputs m_begin..m_end x n_begin..n_end from k_begin on, by packed blocks."""
+def _run_blocks(
+    sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, k_begin, keeps, packed
+):
+    """Outputs m_begin..m_end x n_begin..n_end from k_begin on, by packed blocks.
+
+    keeps: every block of A gets a place of its own; packed: they are all there already.
+    """
     size = 1 if (fields[GO] & TYPE_MASK) == INT8 else 2
     panels = np.int64(scratch.ctypes.data)
-    a = panels + _A_AT
     tile = scratch[_TILE_AT:_STAGING_AT].view(np.int32)
     staging = scratch[_STAGING_AT:_LONG_A_AT]
-    packed_row = np.int64(_A_ROW)
-    a_row, a_k = packed_row, np.int64(4)
-    if fields[GO] & TRANSPOSE_A:
-        a_row, a_k = a_k, a_row
+    a_row = np.int64(PACKED_A_ROW)
     # With one block of A per k block, each B panel is used as soon as it is packed.
     n_step = TILE_COLUMNS if m_end - m_begin <= M_BLOCK else N_BLOCK
     k_end = fields[K_INNER] * fields[K_OUTER]
+    block = place = 0
     for k in range(k_begin, k_end, K_BLOCK):
         k_count = min(K_BLOCK, k_end - k)
         zero = 1 if k == 0 and not fields[GO] & ACCUMULATE else 0
         for n in range(n_begin, n_end, n_step):
             n_count = min(n_step, n_end - n)
             _pack_b(panels, sram, fields, size, k, k_count, n, n_count, staging)
+            place = block
             for m in range(m_begin, m_end, M_BLOCK):
                 m_count = min(M_BLOCK, m_end - m)
-                if n == n_begin or n_step == N_BLOCK:
-                    _pack_a(a, packed_row, sram, fields, size, m, m_count, k, k_count, staging)
-                _tiles(
-                    acc, fields, a, a_row, a_k, panels, m, m_count, n, n_count, k_count, zero,
-                    tile,
-                )  # fmt: skip
+                a = panels + _A_AT + place * _A_BLOCK_BYTES
+                if not packed and (n == n_begin or (n_step == N_BLOCK and not keeps)):
+                    _pack_a(a, a_row, sram, fields, size, m, m_count, k, k_count, staging)
+                _tiles(acc, fields, a, panels, m, m_count, n, n_count, k_count, zero, tile)
+                place += keeps
+        block = place if keeps else 0
+
+
+@_internal
+def _key_word(fields, m_begin, m_end, state, word):
+    if word == 0:
+        return fields[GO] & (TYPE_MASK | TRANSPOSE_A)
+    if word <= K_OUTER_STRIDE:
+        return fields[word]
+    if word == K_OUTER_STRIDE + 1:
+        return m_begin
+    return m_end if word < _KEY_STATE else state
+
+
+@_internal
+def _run_kept(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, state):
+    """`_run_blocks`, with the packed A of the last call if it is the same one."""
+    key = scratch[_KEY_AT : _KEY_AT + 8 * _KEY_WORDS].view(np.int64)
+    k_end = fields[K_INNER] * fields[K_OUTER]
+    blocks = ((m_end - m_begin + M_BLOCK - 1) // M_BLOCK) * ((k_end + K_BLOCK - 1) // K_BLOCK)
+    keeps = state != 0 and blocks <= _KEPT_BLOCKS
+    packed = keeps
+    for word in range(_KEY_WORDS):
+        packed &= key[word] == _key_word(fields, m_begin, m_end, state, word)
+    key[_KEY_STATE] = 0
+    first = np.int64(0)
+    _run_blocks(
+        sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, first, keeps, packed
+    )
+    if keeps:
+        for word in range(_KEY_WORDS):
+            key[word] = _key_word(fields, m_begin, m_end, state, word)
 
 
 @_internal
@@ -318,10 +373,12 @@ def _columns_to_fuse(sram, fields, n_begin, n_end, k_end):
 
 
 @njit(nogil=True, _nrt=False)
-def run_matmul_range(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end):
+def run_matmul_range(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end, state):
     """`run_matmul` for output rows m_begin..m_end and columns n_begin..n_end only.
 
-    Disjoint ranges may run on different threads, each with a scratch of its own.
+    Disjoint ranges may run on different threads, each with a scratch of its own. state: a number
+    that changes whenever bytes of A may have changed, so that a packed A can be used again; 0 if
+    nothing is known.
     """
     if m_begin >= m_end or n_begin >= n_end:
         return
@@ -342,10 +399,13 @@ def run_matmul_range(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_end)
         k_fused = k_end - k_end % (2 * VECTOR_LENGTH) if go & TRANSPOSE_B else k_end
         n_fused = _columns_to_fuse(sram, fields, n_begin, n_end, k_fused)
         _run_fused(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_fused, k_fused)
-    # what is left: the last k of the fused columns, all k of the others
-    _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_begin, n_fused, k_fused)
-    k_fused = np.int64(0)
-    _run_blocks(sram, acc, fields, scratch, m_begin, m_end, n_fused, n_end, k_fused)
+        # what is left: the last k of the fused columns, and below all k of the others
+        scratch[_KEY_AT:] = 0
+        _run_blocks(
+            sram, acc, fields, scratch, m_begin, m_end, n_begin, n_fused, k_fused, False, False
+        )
+    if n_fused < n_end:
+        _run_kept(sram, acc, fields, scratch, m_begin, m_end, n_fused, n_end, state)
 
 
 @njit(nogil=True, _nrt=False)
@@ -354,8 +414,8 @@ def run_matmul(sram, acc, fields, scratch):
 
     sram, acc: uint8[:], the core's memories, contiguous; acc 4-byte aligned. fields: int64[16],
     the words of bank 5 as the contract lists them, already checked for legality and range.
-    scratch: uint8[SCRATCH_BYTES] or more, one per thread.
+    scratch: uint8[SCRATCH_BYTES] or more, one per thread, all zero at first.
     """
     rows = fields[M0] * fields[M1] * fields[M2]
     first = np.int64(0)
-    run_matmul_range(sram, acc, fields, scratch, first, rows, first, fields[N])
+    run_matmul_range(sram, acc, fields, scratch, first, rows, first, fields[N], first)

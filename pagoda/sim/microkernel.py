@@ -33,10 +33,17 @@ BF16, INT8 = 0, 1
 # The accumulators, one row of B and a broadcast element of A share 32 (16 on AVX2) registers.
 TILE_ROWS, TILE_VECTORS = (4, 3) if VECTOR_LENGTH == 8 else (6, 4)
 TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH
+# Bytes from one row of packed A to the next. Not a power of two: such rows share cache sets.
+PACKED_A_ROW = 4 * (128 + 2 * VECTOR_LENGTH)
 # A tile that widens B while it multiplies. The chains of two vectors hide the latency of fma;
 # four would do so better but need more registers and code.
 FUSED_ROWS = 4
 FUSED_VECTORS = 2
+
+
+def tall_rows(vectors: int) -> int:
+    """Rows of a tile of so many vectors, all accumulators in use."""
+    return min(TILE_ROWS * TILE_VECTORS // vectors, 2 * TILE_ROWS)
 
 
 def _part(emitter: Emitter, words: ir.Value, part: int, element: int) -> ir.Value:
@@ -96,34 +103,69 @@ class _Outputs:
             self.emitter.builder.store(self.emitter.canonical(value), pointer, align=4)
 
 
+def _emit_products(
+    emitter: Emitter,
+    arguments: list[ir.Value],
+    rows: int,
+    vectors: int,
+    a_strides: tuple[ir.Value, ir.Value],
+    b_element: int | None = None,
+) -> None:
+    """A tile of `rows` x `vectors` outputs. arguments: as `fma_tile` from `a` on, but for A's
+    strides, (row, k)."""
+    a, b, b_row, c, c_row, count, from_zero = arguments
+    builder = emitter.builder
+    a, b, c = (builder.inttoptr(address, POINTER) for address in (a, b, c))
+    a_row, a_k = a_strides
+    a_rows = spaced(emitter, a, a_row, rows)
+    outputs = _Outputs(emitter, c, c_row, rows, vectors)
+
+    def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        b_k = emitter.at(b, builder.mul(k, b_row))
+        a_offset = builder.mul(k, a_k)
+        b_vectors = [_b_vector(emitter, b_k, j, b_element) for j in range(vectors)]
+        result = []
+        for i in range(rows):
+            element = emitter.load(F32, emitter.at(a_rows[i], a_offset), 4)
+            element = emitter.splat(element)
+            for j in range(vectors):
+                result.append(emitter.fma(element, b_vectors[j], sums[i * vectors + j]))
+        return result
+
+    outputs.store(emitter.loop(count, outputs.load(from_zero), step))
+
+
 def _emit_tile(b_element: int | None) -> Callable:
     """A tile whose B rows are fp32, or are widened from `b_element` as they are loaded."""
 
     def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
-        a_row, a_k, b_row, c_row, count, from_zero = (arguments[i] for i in (3, 4, 6, 8, 9, 10))
-        builder = emitter.builder
-        a, b, c = (builder.inttoptr(arguments[i], POINTER) for i in (2, 5, 7))
+        a, a_row, a_k, *others = arguments[2:]
 
         def emit_shape(rows: int, vectors: int) -> None:
-            a_rows = spaced(emitter, a, a_row, rows)
-            outputs = _Outputs(emitter, c, c_row, rows, vectors)
-
-            def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                b_k = emitter.at(b, builder.mul(k, b_row))
-                a_offset = builder.mul(k, a_k)
-                b_vectors = [_b_vector(emitter, b_k, j, b_element) for j in range(vectors)]
-                result = []
-                for i in range(rows):
-                    element = emitter.load(F32, emitter.at(a_rows[i], a_offset), 4)
-                    element = emitter.splat(element)
-                    for j in range(vectors):
-                        result.append(emitter.fma(element, b_vectors[j], sums[i * vectors + j]))
-                return result
-
-            outputs.store(emitter.loop(count, outputs.load(from_zero), step))
+            _emit_products(emitter, [a, *others], rows, vectors, (a_row, a_k), b_element)
 
         rows = TILE_ROWS if b_element is None else FUSED_ROWS
         _emit_choice(emitter, rows, TILE_VECTORS, arguments[:2], emit_shape)
+
+    return emit
+
+
+def _emit_tall_tile(a_row: int, a_k: int) -> Callable:
+    """The tile of `tall_rows`, with A's strides as constants: so many rows as variables would not
+    fit the registers."""
+
+    def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
+        builder = emitter.builder
+        end = builder.append_basic_block("end")
+        switch = builder.switch(arguments[0], end)
+        for vectors in range(1, TILE_VECTORS + 1):
+            block = builder.append_basic_block(f"tall_{vectors}")
+            switch.add_case(I64(vectors), block)
+            builder.position_at_end(block)
+            strides = I64(a_row), I64(a_k)
+            _emit_products(emitter, arguments[1:], tall_rows(vectors), vectors, strides)
+            builder.branch(end)
+        builder.position_at_end(end)
 
     return emit
 
@@ -155,6 +197,26 @@ def fma_tile(rows, vectors, a, a_row, a_k, b, c, c_row, count, from_zero):
     a + i*a_row + k*a_k; b: rows of TILE_COLUMNS floats; c: rows `c_row` bytes apart.
     """
     _fma_tile(rows, vectors, a, a_row, a_k, b, 4 * TILE_COLUMNS, c, c_row, count, from_zero)
+
+
+@intrinsic
+def _tall_tile(context, vectors, a, b, b_row, c, c_row, count, from_zero):
+    return by_address(8, _emit_tall_tile(PACKED_A_ROW, 4))
+
+
+@intrinsic
+def _tall_tile_by_columns(context, vectors, a, b, b_row, c, c_row, count, from_zero):
+    return by_address(8, _emit_tall_tile(4, PACKED_A_ROW))
+
+
+@_internal
+def fma_tall_tile(vectors, a, by_columns, b, c, c_row, count, from_zero):
+    """`fma_tile` of `tall_rows(vectors)` rows. a: rows PACKED_A_ROW bytes apart, one per output
+    row, or if `by_columns` one per k."""
+    if by_columns:
+        _tall_tile_by_columns(vectors, a, b, 4 * TILE_COLUMNS, c, c_row, count, from_zero)
+    else:
+        _tall_tile(vectors, a, b, 4 * TILE_COLUMNS, c, c_row, count, from_zero)
 
 
 @_internal

@@ -37,6 +37,8 @@ from pagoda.sim.layout import (
     OVERFLOW_COMMAND,
     OVERFLOW_PC,
     POSTED,
+    POSTED_BEFORE,
+    SRAM_BYTES,
 )
 from pagoda.sim.matmul import (
     ACC,
@@ -60,8 +62,8 @@ from pagoda.sim.vector import run_iota, run_transpose, run_vector
 # stop, and beside it whether the launch is abandoned; the ticket of the matmul that is shared now,
 # and how many of its chunks are done; who may share the next one.
 _NEWEST, COMPLETED, STOP, _TICKET, _DONE, _LOCK = range(0, 48, 8)
-_SHARED_MATMUL = 48  # the sixteen words of the command, then its MACs, number and chunks
-_SHARED_MACS, _SHARED_NUMBER, _SHARED_CHUNKS = range(64, 67)
+_SHARED_MATMUL = 48  # the sixteen words of the command, then its MACs, number, chunks, A's state
+_SHARED_MACS, _SHARED_NUMBER, _SHARED_CHUNKS, _SHARED_STATE = range(64, 68)
 _RING = 72
 _RING_SLOTS = 64
 _SLOT_WORDS = 48
@@ -72,7 +74,11 @@ _WRITE_FIRST, _WRITE_LAST, _READS = range(6, 9)
 _READ_RANGES = 9
 _FIELDS_AT = _READ_RANGES + 2 * MAX_READS  # its sixteen words of 32 bits, two and two
 _SAVED = _FIELDS_AT + 8  # the fields of the thread that executes it before its turn
-JOB_WORDS = _RING + _RING_SLOTS * _SLOT_WORDS
+_STATE_OF_A = _SAVED + 16  # of a matmul: one more than the last command that wrote to A
+# For each part of SRAM, the last command posted that wrote to it.
+_WRITERS = _RING + _RING_SLOTS * _SLOT_WORDS
+_PARTS = 256
+JOB_WORDS = _WRITERS + _PARTS
 
 _MATMUL_BANK = 5
 _MATMUL = FIELDS + 16 * _MATMUL_BANK
@@ -129,7 +135,7 @@ def _run_matmul(st, sram, acc, scratch):
             if is_abandoned(st):
                 return
             last_row, last = min(i + M_BLOCK, m), min(j + N_BLOCK, n)
-            run_matmul_range(sram, acc, command, scratch, i, last_row, j, last)
+            run_matmul_range(sram, acc, command, scratch, i, last_row, j, last, np.int64(0))
 
 
 @jit
@@ -162,8 +168,26 @@ def post(st, e, bank, jobs, sram, acc, scratch):
     for pair in range(8):
         field = FIELDS + 16 * bank + 2 * pair
         jobs[at + _FIELDS_AT + pair] = st[field] | (st[field + 1] << 32)
+    if _is_long(bank, st[e + E_MACS]):
+        jobs[at + _STATE_OF_A] = _last_writer(st, e, jobs) + 1
+    if st[e + E_WRITE_FIRST] <= st[e + E_WRITE_LAST] < st[SRAM_BYTES]:
+        first = st[e + E_WRITE_FIRST] * _PARTS // st[SRAM_BYTES]
+        last = st[e + E_WRITE_LAST] * _PARTS // st[SRAM_BYTES]
+        jobs[_WRITERS + first : _WRITERS + last + 1] = number
     st[POSTED] = number
     atomic_store(st[JOBS_AT] + 8 * _NEWEST, number)
+
+
+@jit
+def _last_writer(st, e, jobs):
+    """The last command posted that wrote to the matrix A of entry `e`, or to a part of SRAM that it
+    shares; if that was in an older launch, the last command of that launch."""
+    first = st[e + E_READ_RANGES] * _PARTS // st[SRAM_BYTES]
+    last = st[e + E_READ_RANGES + 1] * _PARTS // st[SRAM_BYTES]
+    writer = st[POSTED_BEFORE]
+    for part in range(first, last + 1):
+        writer = max(writer, jobs[_WRITERS + part])
+    return writer
 
 
 @jit
@@ -353,6 +377,7 @@ def _share_matmul(shared, number, jobs):
         chunks = ((m + rows - 1) // rows) * ((n + columns - 1) // columns)
         jobs[_SHARED_MACS] = macs
         jobs[_SHARED_CHUNKS] = chunks
+        jobs[_SHARED_STATE] = jobs[at + _STATE_OF_A]
         atomic_store(shared + 8 * _DONE, np.int64(0))
         # After DONE: who reads this number and then that all chunks are done means these chunks.
         atomic_store(shared + 8 * _SHARED_NUMBER, np.int64(number))
@@ -392,6 +417,7 @@ def _take_chunk(st, jobs, sram, acc, scratch):
     first_row, first = chunk // across * rows, chunk % across * columns
     last_row, last = min(first_row + rows, m), min(first + columns, n)
     if not is_abandoned(st):
-        run_matmul_range(sram, acc, command, scratch, first_row, last_row, first, last)
+        state = jobs[_SHARED_STATE]
+        run_matmul_range(sram, acc, command, scratch, first_row, last_row, first, last, state)
     atomic_add(shared + 8 * _DONE, np.int64(1))
     return True
