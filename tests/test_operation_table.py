@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from operation_cases import LAYOUTS, OPERATIONS, accepted, check, dtypes_of, judge, samples
+from operation_cases import OPERATIONS, accepted, check, dtypes_of, judge, layouts, samples
 
 import pagoda
 
@@ -76,9 +76,7 @@ def cases(draw):
     assume(every)
     sample = draw(st.sampled_from(every))
     assume(accepted(op, sample))
-    # What as_strided gives is a matter of the layout.
-    layouts = LAYOUTS[:1] if op.name.startswith("as_strided") else LAYOUTS
-    return op, sample, draw(st.sampled_from(layouts))
+    return op, sample, draw(st.sampled_from(layouts(op)))
 
 
 @settings(max_examples=15, derandomize=True)
