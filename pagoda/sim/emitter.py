@@ -71,6 +71,11 @@ class Emitter:
         function = declare(self.builder.module, kind, f"llvm.fma.v{VECTOR_LENGTH}f32")
         return self.builder.call(function, [a, b, c])
 
+    def floor(self, value: ir.Value) -> ir.Value:
+        kind = ir.FunctionType(self.vector, [self.vector])
+        function = declare(self.builder.module, kind, f"llvm.floor.v{VECTOR_LENGTH}f32")
+        return self.builder.call(function, [value])
+
     def canonical(self, value: ir.Value) -> ir.Value:
         """`value` with every NaN lane replaced by the one canonical NaN."""
         nan = self.builder.bitcast(self.splat_word(CANONICAL_NAN), self.vector)
@@ -109,11 +114,21 @@ class Emitter:
         ]
 
     def transposed_group(self, rows: list[ir.Value], group: int) -> list[ir.Value]:
-        """Words 4*group .. 4*group + 3 of VECTOR_LENGTH `rows`, as one vector per word.
+        """Words 4*group .. 4*group + 3 of VECTOR_LENGTH `rows`, as one vector per word: two rounds
+        of unpacking `joined_rows`."""
+        first, second, third, fourth = self.joined_rows(rows, group)
+        low, high = [0, 4, 1, 5], [2, 6, 3, 7]
+        left = [self.unpack(first, second, pattern) for pattern in (low, high)]
+        right = [self.unpack(third, fourth, pattern) for pattern in (low, high)]
+        return [
+            self.unpack(x, y, pattern)
+            for x, y in zip(left, right, strict=True)
+            for pattern in ([0, 1, 4, 5], [2, 3, 6, 7])
+        ]
 
-        Rows 4 apart are joined while loading, by 128-bit lanes (an insert from memory needs no
-        shuffle unit); two rounds of unpacking inside the lanes do the rest.
-        """
+    def joined_rows(self, rows: list[ir.Value], group: int) -> list[ir.Value]:
+        """Words 4*group .. 4*group + 3 of VECTOR_LENGTH `rows` as four vectors: 128-bit lane l of
+        vector v is of row 4*l + v. An insert from memory needs no shuffle unit."""
         quad = ir.VectorType(I32, 4)
         joined = []
         for first in range(4):
@@ -125,26 +140,14 @@ class Emitter:
                     for low, high in zip(pieces[::2], pieces[1::2], strict=True)
                 ]
             joined.append(pieces[0])
-        return self._transpose_lanes(joined)
+        return joined
 
-    def _transpose_lanes(self, rows: list[ir.Value]) -> list[ir.Value]:
-        """4 x 4 words transposed inside every 128-bit lane."""
-
-        def unpack(x: ir.Value, y: ir.Value, pattern: list[int]) -> ir.Value:
-            lanes = []
-            for lane in range(0, VECTOR_LENGTH, 4):
-                lanes += [lane + (p if p < 4 else p - 4 + VECTOR_LENGTH) for p in pattern]
-            return self.shuffle(x, y, lanes)
-
-        low, high = [0, 4, 1, 5], [2, 6, 3, 7]
-        first, second = [0, 1, 4, 5], [2, 3, 6, 7]
-        left = [unpack(rows[0], rows[1], low), unpack(rows[0], rows[1], high)]
-        right = [unpack(rows[2], rows[3], low), unpack(rows[2], rows[3], high)]
-        return [
-            unpack(x, y, pattern)
-            for x, y in zip(left, right, strict=True)
-            for pattern in (first, second)
-        ]
+    def unpack(self, x: ir.Value, y: ir.Value, pattern: list[int]) -> ir.Value:
+        """In every 128-bit lane the four words that `pattern` names: 0-3 of x, 4-7 of y."""
+        lanes = []
+        for lane in range(0, VECTOR_LENGTH, 4):
+            lanes += [lane + (p if p < 4 else p - 4 + VECTOR_LENGTH) for p in pattern]
+        return self.shuffle(x, y, lanes)
 
 
 def declare(module: ir.Module, kind: ir.FunctionType, name: str) -> ir.Function:

@@ -37,14 +37,11 @@ from pagoda.sim.jit import (
 from pagoda.sim.lanes import (
     EXP2_ROWS,
     RECIPROCAL_ROWS,
-    exp2_values,
-    exp2_where,
+    exp2,
     maximum,
     minimum,
-    reciprocal_values,
-    reciprocal_where,
+    reciprocal,
 )
-from pagoda.sim.layout import LANE_BUFFER_BYTES
 from pagoda.sim.numbers import (
     INFINITY,
     NAN,
@@ -109,13 +106,10 @@ LATENCY = _by_code(
 def _apply_table(code, r, x, n, work):
     vectors = n // VECTOR_LENGTH
     if vectors > 0 and (code == EXP2 or code == RECIP):
-        position = work + LANE_BUFFER_BYTES
         if code == EXP2:
-            exp2_where(work, position, x, vectors)
-            exp2_values(EXP2_ROWS.ctypes.data, work, position, x, r, vectors)
+            exp2(EXP2_ROWS.ctypes.data, x, r, work, vectors)
         else:
-            reciprocal_where(work, position, x, vectors)
-            reciprocal_values(RECIPROCAL_ROWS.ctypes.data, work, position, x, r, vectors)
+            reciprocal(RECIPROCAL_ROWS.ctypes.data, x, r, work, vectors)
         done = vectors * VECTOR_LENGTH
         n -= done
         r += 4 * done

@@ -9,6 +9,7 @@ is computed; here all of it fits in 32 bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from llvmlite import ir
@@ -34,15 +35,14 @@ _ONE = 0x3F800000
 
 
 def _rows(table: np.ndarray) -> np.ndarray:
-    """A table's rows of three as rows of sixteen bytes: one load each."""
+    """A table's rows as sixteen bytes each, which is one load: C1, C0, C2, 0."""
     rows = np.zeros((len(table), 4), np.int32)
-    rows[:, :3] = table
-    assert (rows[:, :3] == table).all()
+    rows[:, :3] = table[:, [1, 0, 2]]
+    assert (rows[:, :3] == table[:, [1, 0, 2]]).all()
     return rows
 
 
 EXP2_ROWS, RECIPROCAL_ROWS = _rows(EXP2_TABLE), _rows(RECIPROCAL_TABLE)
-_EXP2_WIDTH, _RECIPROCAL_WIDTH = 23, 15
 
 
 class _Words:
@@ -72,31 +72,52 @@ class _Words:
     def select(self, mask: ir.Value, a: ir.Value | int, b: ir.Value | int) -> ir.Value:
         return self.builder.select(mask, self._of(a), self._of(b))
 
-    def least(self, a: ir.Value | int, b: ir.Value | int) -> ir.Value:
-        return self.select(self.compare("<", a, b), a, b)
-
     def most(self, a: ir.Value | int, b: ir.Value | int) -> ir.Value:
         return self.select(self.compare(">", a, b), a, b)
 
-    def high(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """floor(a * b / 2^32), signed; even and odd lanes apart, each as a product of 64 bits."""
-        builder, pairs = self.builder, ir.VectorType(I64, VECTOR_LENGTH // 2)
-        half = ir.Constant(pairs, [32] * pairs.count)
-        wide = [builder.bitcast(value, pairs) for value in (a, b)]
-        even = [builder.ashr(builder.shl(value, half), half) for value in wide]
-        odd = [builder.ashr(value, half) for value in wide]
-        low = builder.lshr(builder.mul(*even), half)
-        mask = ir.Constant(pairs, [0xFFFFFFFF00000000] * pairs.count)
-        return builder.bitcast(
-            builder.or_(low, builder.and_(builder.mul(*odd), mask)), self.emitter.words
-        )
+    def any(self, mask: ir.Value) -> ir.Value:
+        """Whether the mask holds in some lane, as one bit."""
+        bits = self.builder.bitcast(mask, ir.IntType(VECTOR_LENGTH))
+        return self.builder.icmp_unsigned("!=", bits, bits.type(0))
+
+    def real(self, value: ir.Value | float) -> ir.Value:
+        """A pattern, or a number in every lane, as binary32."""
+        if isinstance(value, float):
+            return ir.Constant(self.emitter.vector, [value] * VECTOR_LENGTH)
+        return self.builder.bitcast(value, self.emitter.vector)
+
+    def pattern(self, value: ir.Value) -> ir.Value:
+        return self.builder.bitcast(value, self.emitter.words)
+
+    def pattern_of_int(self, value: ir.Value) -> ir.Value:
+        """The pattern of a signed integer as binary32, rounded to nearest even."""
+        return self.pattern(self.builder.sitofp(value, self.emitter.vector))
 
     def quadratic(self, rows: list[ir.Value], position: ir.Value) -> ir.Value:
-        """y of `pagoda.isa.tables`. rows: (C0, C1, C2); position: shifted to bit 31 from its
-        width w, so that (C * d) >> w is the upper half of 2 C times it."""
-        c0, c1, c2 = rows
-        inner = self.add(c1, self.high(self.shl(c2, 1), position))
-        return self.add(c0, self.high(self.shl(inner, 1), position))
+        """y of `pagoda.isa.tables`, with C1 read as unsigned.
+
+        rows: as `joined_rows` makes them of EXP2_ROWS or such; position: d shifted up to bit 31, so
+        that (C * d) >> w is the upper half of C times it. Even and odd lanes are apart, for the
+        products have 64 bits.
+        """
+        builder, unpack = self.builder, self.emitter.unpack
+        pairs = ir.VectorType(I64, VECTOR_LENGTH // 2)
+        half, low_word = (ir.Constant(pairs, [n] * pairs.count) for n in (32, 0xFFFFFFFF))
+
+        def product(a: ir.Value, b: ir.Value) -> ir.Value:
+            """Of the lower words of pairs."""
+            words = (builder.and_(builder.bitcast(value, pairs), low_word) for value in (a, b))
+            return builder.mul(*words)
+
+        odd = builder.lshr(builder.bitcast(position, pairs), half)
+        values = []
+        for first, second, where in ((*rows[::2], position), (*rows[1::2], odd)):
+            c1_c0, c2 = unpack(first, second, [0, 1, 4, 5]), unpack(first, second, [2, 3, 6, 7])
+            inner_c0 = self.add(self.pattern(builder.lshr(product(c2, where), half)), c1_c0)
+            values.append(self.add(self.pattern(product(inner_c0, where)), inner_c0))
+        # Now y is in the upper words.
+        lanes = [lane + side for lane in range(1, VECTOR_LENGTH, 2) for side in (0, VECTOR_LENGTH)]
+        return self.emitter.shuffle(*values, lanes)
 
     def rounded(self, value: ir.Value, drop: ir.Value) -> ir.Value:
         """value >> drop, to nearest, ties to even; 1 <= drop <= 31, unsigned."""
@@ -132,159 +153,193 @@ def encode_bf16(context, target, source, vectors):
     return by_address(3, _emit_encode_bf16)
 
 
-# Table functions: one loop finds rows and positions, which go through memory, for the addresses of
-# rows are wanted one by one; the other loads rows, evaluates and rounds.
+# Table functions ----------------------------------------------------------------------------------
 
 
-def _emit_where(find: Callable[[_Words, ir.Value], tuple[ir.Value, ir.Value]]) -> Callable:
-    """find: x -> (row, position as `quadratic` wants it). To offset[], position[] in bytes."""
+class _TableFunction(Protocol):
+    """What the loop of `_emit_table` leaves open.
+
+    Most vectors take the short way, for arguments in whose every lane neither x nor the result is
+    subnormal, infinite or NaN. One unusual lane sends the vector over `tamed` and `unusual_value`.
+    """
+
+    def unusual(self, words: _Words, x: ir.Value) -> ir.Value:
+        """Mask of the lanes that the short way does not serve."""
+
+    def tamed(self, words: _Words, x: ir.Value) -> ir.Value:
+        """Any x as a pattern that `place` takes."""
+
+    def place(self, words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """(byte offset of the row, position as `quadratic` wants it, a note for the values)."""
+
+    def usual_value(self, words: _Words, x: ir.Value, y: ir.Value, note: ir.Value) -> ir.Value:
+        """The function's value as a pattern, from what `quadratic` gave."""
+
+    def unusual_value(self, words: _Words, x: ir.Value, y: ir.Value, note: ir.Value) -> ir.Value:
+        """The same for any x."""
+
+
+def _emit_table(function: _TableFunction) -> Callable:
+    """Each turn of the loop finds the rows of the vector that comes next and evaluates the one
+    before it: what waits for addresses, which go through memory, has something else to do."""
 
     def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
-        pointers = [emitter.builder.inttoptr(address, POINTER) for address in arguments[:3]]
+        builder, words = emitter.builder, _Words(emitter)
+        table, source, target, work = (builder.inttoptr(a, POINTER) for a in arguments[:4])
+        vectors = arguments[4]
+        size = 4 * VECTOR_LENGTH
 
-        def turn(index: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
-            builder, words = emitter.builder, _Words(emitter)
-            byte = builder.mul(index, I64(4 * VECTOR_LENGTH))
-            offset, position, x = (emitter.at(pointer, byte) for pointer in pointers)
-            row, where = find(words, emitter.load(emitter.words, x, 1))
-            builder.store(words.shl(row, 4), offset, align=1)
-            builder.store(where, position, align=1)
-            return []
+        def unless_usual(unusual: ir.Value, usual: ir.Value, other: Callable) -> ir.Value:
+            before = builder.block
+            with builder.if_then(unusual, likely=False):
+                value, there = other(), builder.block
+            chosen = builder.phi(usual.type)
+            chosen.add_incoming(usual, before)
+            chosen.add_incoming(value, there)
+            return chosen
 
-        emitter.loop(arguments[3], [], turn)
+        def offsets_at(turn: ir.Value) -> ir.Value:
+            """Where the rows' offsets for this turn are kept: there are two such places."""
+            return emitter.at(work, builder.mul(builder.and_(turn, I64(1)), I64(size)))
 
-    return emit
+        def find(index: ir.Value, turn: ir.Value) -> list[ir.Value]:
+            x = emitter.load(emitter.words, emitter.at(source, builder.mul(index, I64(size))), 1)
+            unusual = words.any(function.unusual(words, x))
+            tame = unless_usual(unusual, x, lambda: function.tamed(words, x))
+            offset, position, note = function.place(words, tame)
+            # By halves: from a store of 64 bytes, loads of its parts are served slowly.
+            step = min(VECTOR_LENGTH, 8)
+            for first in range(0, VECTOR_LENGTH, step):
+                part = emitter.shuffle(offset, offset, list(range(first, first + step)))
+                builder.store(part, emitter.at(offsets_at(turn), 4 * first), align=1)
+            return [x, unusual, position, note]
 
-
-def _emit_values(result: Callable[[_Words, ir.Value, ir.Value], ir.Value]) -> Callable:
-    """result: x, y -> the function's value, as a pattern."""
-
-    def emit(emitter: Emitter, arguments: list[ir.Value]) -> None:
-        pointers = [emitter.builder.inttoptr(address, POINTER) for address in arguments[:5]]
-        table = pointers[0]
-
-        def turn(index: ir.Value, _state: list[ir.Value]) -> list[ir.Value]:
-            builder, words = emitter.builder, _Words(emitter)
-            byte = builder.mul(index, I64(4 * VECTOR_LENGTH))
-            offset, position, x, to = (emitter.at(pointer, byte) for pointer in pointers[1:])
+        def turn(index: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            following = builder.add(index, I64(1))
+            more = builder.icmp_signed("<", following, vectors)
+            found = find(builder.select(more, following, index), following)
+            x, unusual, position, note = state
             rows = []
             for lane in range(VECTOR_LENGTH):
-                place = emitter.load(I32, emitter.at(offset, 4 * lane), 1)
-                rows.append(emitter.at(table, builder.zext(place, I64)))
-            coefficients = emitter.transposed_group(rows, 0)[:3]
-            where = emitter.load(emitter.words, position, 1)
-            y = words.quadratic(coefficients, where)
-            builder.store(result(words, emitter.load(emitter.words, x, 1), y), to, align=1)
-            return []
+                offset = emitter.load(I32, emitter.at(offsets_at(index), 4 * lane), 1)
+                rows.append(emitter.at(table, builder.zext(offset, I64)))
+            y = words.quadratic(emitter.joined_rows(rows, 0), position)
+            usual = function.usual_value(words, x, y, note)
+            value = unless_usual(unusual, usual, lambda: function.unusual_value(words, x, y, note))
+            builder.store(value, emitter.at(target, builder.mul(index, I64(size))), align=1)
+            return found
 
-        emitter.loop(arguments[5], [], turn)
+        emitter.loop(vectors, find(I64(0), I64(0)), turn)
 
     return emit
 
 
-def _exp2_argument(words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(signed significand, -exponent): x is their quotient; of 0 beyond 150."""
-    magnitude = words.and_(x, _MAGNITUDE)
-    beyond = words.compare(">=", magnitude, 0x43160000)
-    usable = words.select(beyond, 0, magnitude)
-    field = words.lshr(usable, 23)
-    hidden = words.select(words.compare("!=", field, 0), 1 << 23, 0)
-    significand = words.or_(words.and_(usable, _FRACTION_BITS), hidden)
-    signed = words.select(words.compare("<", x, 0), words.sub(0, significand), significand)
-    return signed, words.sub(150, words.most(field, 1))
+class _Exp2:
+    # Added to x, it leaves an integer near x, less the 30 bits of y's fraction, in the lower bits.
+    _SHIFTER = 1.5 * 2**23 - 30
+    _SHIFTER_PATTERN = 0x4B400000 - 30
+
+    def unusual(self, words: _Words, x: ir.Value) -> ir.Value:
+        return words.compare(">", words.and_(x, _MAGNITUDE), 0x42FC0000)  # 126
+
+    def tamed(self, words: _Words, x: ir.Value) -> ir.Value:
+        """Between -150 and 128, whose power is infinite; NaN is 128."""
+        builder, x = words.builder, words.real(x)
+        low, high = words.real(-150.0), words.real(128.0)
+        x = builder.select(builder.fcmp_ordered("<", x, high), x, high)
+        return words.pattern(builder.select(builder.fcmp_ordered(">", x, low), x, low))
+
+    def place(self, words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        builder, x = words.builder, words.real(x)
+        shifted = builder.fadd(x, words.real(self._SHIFTER))
+        near = builder.fsub(shifted, words.real(self._SHIFTER))
+        rest = builder.fmul(builder.fsub(x, near), words.real(2.0**30))  # exact
+        # floor((x - near) * 2^30): its sign belongs to the whole part, and below are row and d.
+        fixed = builder.fptosi(words.emitter.floor(rest), words.emitter.words)
+        power = words.add(words.pattern(shifted), words.ashr(fixed, 31))
+        return words.and_(words.lshr(fixed, 19), 127 << 4), words.shl(fixed, 9), power
+
+    def usual_value(self, words: _Words, x: ir.Value, y: ir.Value, note: ir.Value) -> ir.Value:
+        return words.add(words.pattern_of_int(y), words.shl(note, 23))
+
+    def unusual_value(self, words: _Words, x: ir.Value, y: ir.Value, note: ir.Value) -> ir.Value:
+        """y has 31 bits, so 7 of them are dropped, or more if the result is subnormal."""
+        whole = words.sub(note, self._SHIFTER_PATTERN)
+        lost = words.most(words.sub(-119, whole), 7)
+        field = words.most(words.add(whole, 126), 0)
+        value = words.add(words.shl(field, 23), words.rounded(y, lost))
+        value = words.select(words.above(x, 0xC315FFFF), 0, value)  # from -150 down
+        nan = words.compare(">", words.and_(x, _MAGNITUDE), _INFINITY)
+        return words.select(nan, CANONICAL_NAN, value)
 
 
-def _exp2_where(words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    signed, drop = _exp2_argument(words, x)
-    # The fraction's 30 bits; what is shifted out above belongs to the whole part.
-    up = words.most(words.sub(30, drop), 0)
-    down = words.least(words.most(words.sub(drop, 30), 0), 31)
-    fraction = words.and_(words.ashr(words.shl(signed, up), down), (1 << 30) - 1)
-    position = words.shl(words.and_(fraction, (1 << _EXP2_WIDTH) - 1), 31 - _EXP2_WIDTH)
-    return words.lshr(fraction, _EXP2_WIDTH), position
+class _Reciprocal:
+    def unusual(self, words: _Words, x: ir.Value) -> ir.Value:
+        """Not from 2^-126 to 2^126."""
+        magnitude = words.and_(x, _MAGNITUDE)
+        return words.above(words.sub(magnitude, 1 << 23), (253 << 23) - (1 << 23))
 
+    def _argument(self, words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(field, pattern): |x| is (1 + fraction / 2^23) * 2^(field - 127), where it is a number;
+        field is below 1 for subnormal ones. The fraction is the pattern's."""
+        magnitude = words.and_(x, _MAGNITUDE)
+        number = words.builder.and_(
+            words.compare(">", magnitude, 0), words.compare("<", magnitude, _INFINITY)
+        )
+        usable = words.select(number, magnitude, _ONE)
+        # A subnormal's significand, as float, is normalised.
+        normalised = words.pattern_of_int(usable)
+        subnormal = words.compare("<", usable, 1 << 23)
+        field = words.select(
+            subnormal, words.sub(words.lshr(normalised, 23), 149), words.lshr(usable, 23)
+        )
+        return field, words.select(subnormal, normalised, usable)
 
-def _exp2_value(words: _Words, x: ir.Value, y: ir.Value) -> ir.Value:
-    """y has 31 bits, so 7 of them are dropped, or more if the result is subnormal."""
-    signed, drop = _exp2_argument(words, x)
-    whole = words.ashr(signed, words.least(drop, 31))
-    lost = words.most(words.sub(-119, whole), 7)
-    field = words.most(words.add(whole, 126), 0)
-    value = words.add(words.shl(field, 23), words.rounded(y, lost))
-    magnitude = words.and_(x, _MAGNITUDE)
-    negative = words.compare("<", x, 0)
-    small = words.builder.and_(negative, words.compare(">=", magnitude, 0x43160000))
-    large = words.builder.and_(
-        words.builder.not_(negative), words.compare(">=", magnitude, 0x43000000)
-    )
-    value = words.select(small, 0, words.select(large, _INFINITY, value))
-    return words.select(words.compare(">", magnitude, _INFINITY), CANONICAL_NAN, value)
+    def tamed(self, words: _Words, x: ir.Value) -> ir.Value:
+        return self._argument(words, x)[1]
 
+    def place(self, words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        position = words.shl(x, 17)
+        return words.and_(words.lshr(x, 11), 255 << 4), position, position
 
-def _reciprocal_argument(words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(field, fraction): |x| is (1 + fraction / 2^23) * 2^(field - 127), where it is a number;
-    field is below 1 for subnormal ones."""
-    magnitude = words.and_(x, _MAGNITUDE)
-    number = words.builder.and_(
-        words.compare(">", magnitude, 0), words.compare("<", magnitude, _INFINITY)
-    )
-    usable = words.select(number, magnitude, _ONE)
-    # A subnormal's significand, as float, is normalised.
-    as_float = words.builder.sitofp(usable, words.emitter.vector)
-    normalised = words.builder.bitcast(as_float, words.emitter.words)
-    subnormal = words.compare("<", usable, 1 << 23)
-    field = words.select(
-        subnormal, words.sub(words.lshr(normalised, 23), 149), words.lshr(usable, 23)
-    )
-    return field, words.and_(words.select(subnormal, normalised, usable), _FRACTION_BITS)
+    # `quadratic` took C1 and what it adds to it, which is negative, for 2^32 more; its product with
+    # the position is too large by the position.
 
+    def usual_value(self, words: _Words, x: ir.Value, y: ir.Value, note: ir.Value) -> ir.Value:
+        """The field of y plus 97 less that of x, under the sign of x."""
+        value = words.pattern_of_int(words.sub(y, note))
+        sign_and_complement = words.and_(words.xor(x, 255 << 23), 511 << 23)
+        return words.add(words.add(value, sign_and_complement), (97 - 255) << 23)
 
-def _reciprocal_where(words: _Words, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    _, fraction = _reciprocal_argument(words, x)
-    position = words.and_(fraction, (1 << _RECIPROCAL_WIDTH) - 1)
-    return words.lshr(fraction, _RECIPROCAL_WIDTH), words.shl(position, 31 - _RECIPROCAL_WIDTH)
-
-
-def _reciprocal_value(words: _Words, x: ir.Value, y: ir.Value) -> ir.Value:
-    """y, over 2^30, is in (1/2, 1]: it has 30 bits, or 31 for 1."""
-    field, _ = _reciprocal_argument(words, x)
-    is_one = words.lshr(y, 30)
-    # The exponent of y's last kept bit, and of y.
-    exponent = words.sub(97, field)
-    last = words.most(words.add(words.add(exponent, 6), is_one), -149)
-    pattern = words.add(
-        words.shl(words.add(last, 149), 23), words.rounded(y, words.sub(last, exponent))
-    )
-    pattern = words.select(words.above(pattern, _INFINITY), _INFINITY, pattern)
-    magnitude = words.and_(x, _MAGNITUDE)
-    pattern = words.select(words.compare("==", magnitude, _INFINITY), 0, pattern)
-    pattern = words.select(words.compare("==", magnitude, 0), _INFINITY, pattern)
-    pattern = words.or_(pattern, words.and_(x, ~_MAGNITUDE))
-    return words.select(words.compare(">", magnitude, _INFINITY), CANONICAL_NAN, pattern)
-
-
-@intrinsic
-def exp2_where(context, offset, position, x, vectors):
-    """Of `vectors` >= 1 vectors of lanes at `x`: byte offsets into EXP2_ROWS, and positions."""
-    return by_address(4, _emit_where(_exp2_where))
-
-
-@intrinsic
-def exp2_values(context, table, offset, position, x, to, vectors):
-    """2^x to `to`, from what `exp2_where` found. table: address of EXP2_ROWS."""
-    return by_address(6, _emit_values(_exp2_value))
-
-
-@intrinsic
-def reciprocal_where(context, offset, position, x, vectors):
-    """As `exp2_where`, of RECIPROCAL_ROWS."""
-    return by_address(4, _emit_where(_reciprocal_where))
+    def unusual_value(self, words: _Words, x: ir.Value, y: ir.Value, note: ir.Value) -> ir.Value:
+        """y, over 2^30, is in (1/2, 1]: it has 30 bits, or 31 for 1."""
+        y = words.sub(y, note)
+        field, _ = self._argument(words, x)
+        is_one = words.lshr(y, 30)
+        # The exponent of y's last kept bit, and of y.
+        exponent = words.sub(97, field)
+        last = words.most(words.add(words.add(exponent, 6), is_one), -149)
+        pattern = words.add(
+            words.shl(words.add(last, 149), 23), words.rounded(y, words.sub(last, exponent))
+        )
+        pattern = words.select(words.above(pattern, _INFINITY), _INFINITY, pattern)
+        magnitude = words.and_(x, _MAGNITUDE)
+        pattern = words.select(words.compare("==", magnitude, _INFINITY), 0, pattern)
+        pattern = words.select(words.compare("==", magnitude, 0), _INFINITY, pattern)
+        pattern = words.or_(pattern, words.and_(x, ~_MAGNITUDE))
+        return words.select(words.compare(">", magnitude, _INFINITY), CANONICAL_NAN, pattern)
 
 
 @intrinsic
-def reciprocal_values(context, table, offset, position, x, to, vectors):
-    """1 / x by table; as `exp2_values`."""
-    return by_address(6, _emit_values(_reciprocal_value))
+def exp2(context, table, x, to, work, vectors):
+    """2^x of `vectors` >= 1 vectors of lanes. table: address of EXP2_ROWS; work: of two vectors."""
+    return by_address(5, _emit_table(_Exp2()))
+
+
+@intrinsic
+def reciprocal(context, table, x, to, work, vectors):
+    """1 / x by table; as `exp2`, with RECIPROCAL_ROWS."""
+    return by_address(5, _emit_table(_Reciprocal()))
 
 
 # Maximum and minimum ------------------------------------------------------------------------------
