@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from service_support import ROOT, TINY, close, eventually, multiply, run_python, serving
+from service_support import ROOT, TINY, close, eventually, figures, multiply, run_python, serving
 
 from pagoda.isa import PRESETS
 from pagoda.runtime import Device, ServiceError, open_device
@@ -237,6 +237,30 @@ def test_discovery(folder):
         with pytest.raises(ServiceError, match=f"no device service runs on {folder}/car.sock"):
             open_device(environment={"PAGODA_DEVICE": "car"})
     assert chip_of_service() == PRESETS["edge"]
+
+
+def test_a_kernel_runs_on_the_service(pagoda, tmp_path, monkeypatch):
+    """With the cycles of a device of its own; on no other chip than was asked for."""
+    path, command = tmp_path / "s", ("run", "matmul", "m=20", "n=12", "k=36", "--json")
+    own = pagoda(*command, "--chip", "tiny")
+    assert own[0] == 0
+    monkeypatch.setenv("PAGODA_DEVICE", str(path))
+    with serving(path):
+        assert pagoda(*command) == own
+        assert pagoda(*command, "--chip", "tiny") == own
+        assert figures(path)["launches"] == 2
+        message = (
+            f"error: chip 'edge' was asked for, but PAGODA_DEVICE={path} names a service whose "
+            "chip 'tiny' differs; leave the chip out to use that one, or set "
+            "PAGODA_DEVICE=embedded for a device of this program's own\n"
+        )
+        code, _, said = pagoda(*command, "--chip", "edge")
+        assert (code, said) == (1, message)
+    message = (
+        f"error: no device service runs on {path}; start one with `pagoda device start --socket "
+        f"{path}`, or set PAGODA_DEVICE=embedded to do without\n"
+    )
+    assert pagoda(*command, "--chip", "tiny") == (1, "", message)
 
 
 def test_torch_finds_the_service(tmp_path):
