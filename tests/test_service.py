@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import threading
 
@@ -624,9 +625,10 @@ def test_a_killed_service_is_one_clear_error(tmp_path, share):
 
 def test_no_shared_memory(tmp_path, share):
     path = tmp_path / "s"
-    before = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))"
-    with serving(path, before=before), pytest.raises(ServiceError) as raised:
-        share(path)
+    with serving(path) as process:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        with pytest.raises(ServiceError) as raised:
+            share(path)
     assert str(raised.value) == (
         "no shared memory of 268,435,456 bytes for the device's DRAM: File too large; raise the "
         "limits of the service on memory and file size (ulimit -v, ulimit -f), or choose a chip "

@@ -9,15 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
-from service_support import ROOT, TINY, close, eventually, multiply, run_python, serving
+from service_support import ROOT, TINY, close, eventually, figures, multiply, run_python, serving
 
 from pagoda.isa import PRESETS
 from pagoda.runtime import Device, ServiceError, open_device
 from pagoda.runtime.service.discovery import chip_of_service
 from pagoda.runtime.service.limits import Limits, UserLimits, load_limits, parse_bytes
-from pagoda.runtime.service.paths import AlreadyRunning, Lock, make_folder, socket_path
+from pagoda.runtime.service.paths import AlreadyRunning, Lock, prepare, socket_path
 
 
 @pytest.fixture
@@ -81,14 +82,109 @@ def test_a_stale_socket_is_replaced(tmp_path):
 
 
 def test_a_service_does_not_replace_files(tmp_path, pagoda):
-    path = tmp_path / "s"
+    path, folder = tmp_path / "s", tmp_path / "t"
     path.write_text("precious")
-    message = (
-        f"error: device service: {path} is no socket; remove that file or choose another place "
-        "with --socket\n"
-    )
-    assert pagoda("device", "start", "--socket", str(path), "--chip", "tiny") == (1, "", message)
+    folder.mkdir()
+    for wrong, what in ((path, "a file"), (folder, "a folder")):
+        message = (
+            f"error: device service: {wrong} is {what}, and its socket would be there; remove it "
+            "or choose another place with --socket\n"
+        )
+        command = "device", "start", "--socket", str(wrong), "--chip", "tiny"
+        assert pagoda(*command) == (1, "", message)
+        message = (
+            f"error: no device service runs on {wrong}; that is {what}, and must be a socket; "
+            "correct the path, or set PAGODA_DEVICE=embedded to do without\n"
+        )
+        assert pagoda("device", "status", "--socket", str(wrong)) == (1, "", message)
     assert path.read_text() == "precious"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["s", "t"]  # no lock, no log
+
+
+def test_where_no_socket_can_be(tmp_path, pagoda):
+    file = tmp_path / "file"
+    file.touch()
+    for folder, why in ((file, "File exists"), (file / "t", "Not a directory")):
+        message = (
+            f"error: device service: folder {folder} for its socket cannot be used ({why}); choose "
+            "another with --socket\n"
+        )
+        assert pagoda("device", "start", "--socket", f"{folder}/s", "--chip", "tiny") == (
+            1, "", message
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "it needs a name, or the path of its socket; give one of them"),
+        (
+            "embedded",
+            "no service can have this name, which stands for none in PAGODA_DEVICE; choose another",
+        ),
+    ],
+)
+def test_names_that_no_service_has(pagoda, name, problem):
+    message = f"error: device service {name!r}: {problem}\n"
+    assert pagoda("device", "start", "--name", name) == (1, "", message)
+
+
+def test_what_to_type_is_quoted(pagoda, folder):
+    path = folder / "a b.sock"
+    message = (
+        f"error: no device service runs on {path}; start one with `pagoda device start --name "
+        "'a b'`, or set PAGODA_DEVICE=embedded to do without\n"
+    )
+    assert pagoda("device", "status", "--name", "a b") == (1, "", message)
+    started = pagoda("device", "start", "--name", "a b", "--chip", "tiny")
+    pagoda("device", "stop", "--name", "a b")
+    assert started == (
+        0, f"chip tiny is shared on {path}: programs use it with\nexport PAGODA_DEVICE='a b'\n", ""
+    )  # fmt: skip
+
+
+NO_SHARED_MEMORY = (
+    "no shared memory of 268,435,456 bytes for the device's DRAM: File too large; raise the limits "
+    "of the service on memory and file size (ulimit -v, ulimit -f), or choose a chip with less DRAM"
+)
+NO_MEMORY = (
+    "chip 'cloud': this process gets no memory for the simulated DRAM of 68,719,476,736 bytes "
+    "(Cannot allocate memory); raise its limit on memory (ulimit -v), or choose a chip with less "
+    "DRAM"
+)
+
+
+@pytest.mark.parametrize(
+    ("limit", "nbytes", "chip", "text"),
+    [("FSIZE", 1 << 20, "tiny", NO_SHARED_MEMORY), ("AS", 1 << 32, "cloud", NO_MEMORY)],
+)
+def test_a_service_without_memory_does_not_start(tmp_path, limit, nbytes, chip, text):
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_{limit}, ({nbytes}, {nbytes}))
+from pagoda.cli import main
+sys.argv = ["pagoda", "device", "start", "--chip", {chip!r}, "--socket", {str(tmp_path / "s")!r}]
+sys.stderr = sys.stdout
+main()
+"""
+    assert run_python(code).communicate()[0] == f"error: {text}\n"
+
+
+def test_a_default_service_of_a_stranger_does_not_count(folder):
+    """It is not even spoken to: it may never answer."""
+    if os.getuid():
+        pytest.skip("only root can act as somebody else")
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(folder / "default.sock"))
+        os.seteuid(65534)
+        try:
+            listener.listen()
+        finally:
+            os.seteuid(0)
+        begun = time.monotonic()
+        assert chip_of_service() == PRESETS["edge"]
+        assert time.monotonic() - begun < 5
 
 
 def test_two_starts_at_once_leave_one(tmp_path):
@@ -143,6 +239,30 @@ def test_discovery(folder):
     assert chip_of_service() == PRESETS["edge"]
 
 
+def test_a_kernel_runs_on_the_service(pagoda, tmp_path, monkeypatch):
+    """With the cycles of a device of its own; on no other chip than was asked for."""
+    path, command = tmp_path / "s", ("run", "matmul", "m=20", "n=12", "k=36", "--json")
+    own = pagoda(*command, "--chip", "tiny")
+    assert own[0] == 0
+    monkeypatch.setenv("PAGODA_DEVICE", str(path))
+    with serving(path):
+        assert pagoda(*command) == own
+        assert pagoda(*command, "--chip", "tiny") == own
+        assert figures(path)["launches"] == 2
+        message = (
+            f"error: chip 'edge' was asked for, but PAGODA_DEVICE={path} names a service whose "
+            "chip 'tiny' differs; leave the chip out to use that one, or set "
+            "PAGODA_DEVICE=embedded for a device of this program's own\n"
+        )
+        code, _, said = pagoda(*command, "--chip", "edge")
+        assert (code, said) == (1, message)
+    message = (
+        f"error: no device service runs on {path}; start one with `pagoda device start --socket "
+        f"{path}`, or set PAGODA_DEVICE=embedded to do without\n"
+    )
+    assert pagoda(*command, "--chip", "tiny") == (1, "", message)
+
+
 def test_torch_finds_the_service(tmp_path):
     code = """
 import torch, pagoda
@@ -169,7 +289,7 @@ def test_long_paths_are_refused():
 def test_a_folder_open_to_all_is_refused(tmp_path):
     tmp_path.chmod(0o777)
     with pytest.raises(ServiceError, match="must belong to you and not be writable by everybody"):
-        make_folder(tmp_path / "s")
+        prepare(tmp_path / "s")
 
 
 def test_a_socket_of_somebody_else(tmp_path):
@@ -187,7 +307,7 @@ os.setuid(65534)
 for name in ("s", "t"):
     try:
         connection = Connection(Path({str(tmp_path)!r}) / name)
-        print("welcome", connection.owner)
+        print("welcome")
         connection.ask(10)
     except ServiceError as error:
         print(error)
@@ -196,7 +316,7 @@ for name in ("s", "t"):
             if parent.stat().st_uid == 0 and parent != parent.parent:
                 parent.chmod(parent.stat().st_mode | 0o011)
         said = run_python(code).communicate()[0].splitlines()
-    assert said[0] == "welcome 0"
+    assert said[0] == "welcome"
     assert said[1] == (
         f"stop: only user root, who started the device service on {path}, and root may do that; "
         "ask them"
@@ -236,10 +356,25 @@ def test_limits(tmp_path, text, limits):
     ("text", "problem"),
     [
         ("memory = 1", "'memory': there are only the tables [default] and [users.NAME]; put"),
-        ("[default]\nspeed = 1", "[default]: its entries must be among memory, weight, priority, "),
+        (
+            "[default]\nspeed = 1",
+            "[default]: 'speed': there is no such limit; there are memory, weight, priority, watch",
+        ),
+        ("default = 1", "default = 1: must be a table; begin it with [default]"),
+        ("[users]\nroot = 5", "users.root = 5: must be a table; begin it with [users.root]"),
+        (
+            "[users.root]\n[users.0]\npriority = 1",
+            "[users.0]: the user has two tables, by name and by number; put all limits into one",
+        ),
         ("[default]\nwatchdog = 'no'", "[default]: watchdog = 'no': must be a number of cycles"),
-        ("[default]\nmemory = 'lots'", "[default]: 'lots': must be a number of bytes, or a text"),
-        ("[default]\nweight = 0", "[default]: weight = 0: must be a number above 0, at most"),
+        (
+            "[default]\nmemory = 'lots'",
+            "[default]: memory = 'lots': must be a number of bytes, or",
+        ),
+        ("[default]\nmemory = -5", "[default]: memory = -5: must be a number of bytes, or a text"),
+        ("[default]\nweight = 0", "[default]: weight = 0: must be a number, 0.000001 to 1000000"),
+        ("[default]\nweight = nan", "[default]: weight = nan: must be a number, 0.000001 to"),
+        ("[users.'\u00b2']", "[users.\u00b2]: this computer has no such user; correct the name or"),
         ("[users.root]\npriority = 1.5", "[users.root]: priority = 1.5: must be a whole number"),
         ("[users.nobody_here]", "[users.nobody_here]: this computer has no such user; correct"),
         ("[default", "not valid TOML"),

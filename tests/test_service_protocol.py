@@ -26,6 +26,7 @@ from pagoda.isa import (
     Slot,
 )
 from pagoda.runtime import ServiceError
+from pagoda.runtime.service import remote
 from pagoda.runtime.service.launches import (
     Outcome,
     pack_chip,
@@ -243,16 +244,14 @@ def test_what_a_broken_conversation_leaves(path):
             message(Type.HELLO, HELLO, version=VERSION + 1),
             (
                 "the device service on {path} is Pagoda {pagoda} and speaks protocol version 1, "
-                "this program speaks version 2; run both from the same installation, and start "
-                "the service again"
+                "this program speaks version 2; {remedy}"
             ),
         ),
         (
             message(Type.HELLO, pack(Type.HELLO, contract=99, pagoda="9.9", name="")),
             (
                 "the device service on {path} is Pagoda {pagoda} (contract version {contract}), "
-                "this program is Pagoda 9.9 (contract version 99); run both from the same "
-                "installation, and start the service again"
+                "this program is Pagoda 9.9 (contract version 99); {remedy}"
             ),
         ),
     ],
@@ -261,7 +260,19 @@ def test_the_service_refuses_other_versions(path, data, text):
     (answer,) = _answers(path, data)
     assert answer.fields() == dict(
         code="version",
-        text=text.format(path=path, pagoda=__version__, contract=CONTRACT_VERSION),
+        text=text.format(
+            path=path,
+            pagoda=__version__,
+            contract=CONTRACT_VERSION,
+            remedy=_remedy(figures(path)["pid"]),
+        ),
+    )
+
+
+def _remedy(pid: int) -> str:
+    return (
+        f"run both from the same installation: end the service (kill {pid}) and start it again, or "
+        "set PAGODA_DEVICE=embedded to do without"
     )
 
 
@@ -293,16 +304,14 @@ def _welcome(**changed: object) -> bytes:
             message(Type.WELCOME, _welcome(), version=7),
             (
                 "the device service on {path} speaks protocol version 7, this program (Pagoda "
-                "{pagoda}) speaks version 1; run both from the same installation, and start the "
-                "service again"
+                "{pagoda}) speaks version 1; {remedy}"
             ),
         ),
         (
             message(Type.WELCOME, _welcome(pagoda="9.9")),
             (
                 "the device service on {path} is Pagoda 9.9 (contract version {contract}), this "
-                "program is Pagoda {pagoda} (contract version {contract}); run both from the same "
-                "installation, and start the service again"
+                "program is Pagoda {pagoda} (contract version {contract}); {remedy}"
             ),
         ),
         (
@@ -327,5 +336,60 @@ def test_a_client_refuses_what_is_no_service(tmp_path, reply, text):
     with pytest.raises(ServiceError) as raised:
         Connection(path)
     assert str(raised.value) == text.format(
-        path=path, pagoda=__version__, contract=CONTRACT_VERSION
+        path=path, pagoda=__version__, contract=CONTRACT_VERSION, remedy=_remedy(os.getpid())
     )
+
+
+def test_a_client_waits_for_nobody_forever(tmp_path, monkeypatch):
+    """Neither in the queue of a service that accepts nobody, nor for one that says nothing."""
+    monkeypatch.setattr(remote, "_ANSWER_SECONDS", 1)
+    path, waiting = tmp_path / "s", []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        with pytest.raises(ServiceError) as raised:
+            Connection(path)
+        remedy = (
+            "end it and start the service again, check the path, or set PAGODA_DEVICE=embedded to "
+            "do without"
+        )
+        assert str(raised.value) == (
+            f"device service on {path}: process {os.getpid()} has not answered for 1 s; {remedy}"
+        )
+        with contextlib.suppress(BlockingIOError):
+            while len(waiting) < 9:  # the queue is full before
+                waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                waiting[-1].setblocking(False)
+                waiting[-1].connect(str(path))
+        with pytest.raises(ServiceError) as raised:
+            Connection(path)
+        assert str(raised.value) == (
+            f"device service on {path}: it has accepted nobody for 1 s; {remedy}"
+        )
+    for each in waiting:
+        each.close()
+
+
+def test_a_crowd_is_told_so(tmp_path):
+    """And who owns the service gets in all the same."""
+    path = tmp_path / "s"
+    before = "from pagoda.runtime.service import server\nserver._MAX_CONNECTIONS = 2"
+    before += "\nserver._MOST_FOR_OWNER = 3"
+    text = (
+        f"the device service on {path} has 3 connections, and takes no more; try again when other "
+        "programs have ended"
+    )
+    with serving(path, before=before), contextlib.ExitStack() as stack:
+        eventually(lambda: figures(path))
+        for _ in range(3):
+            kept = stack.enter_context(Connection(path))
+        with pytest.raises(ServiceError) as raised:
+            Connection(path)
+        assert str(raised.value) == text
+        kept.close()
+        assert eventually(lambda: _figures_if_welcome(path))
+
+
+def _figures_if_welcome(path) -> dict | None:
+    with contextlib.suppress(ServiceError):
+        return figures(path)

@@ -18,6 +18,8 @@ from pagoda.cli.options import json_option
 from pagoda.compiler.cache import VARIABLE
 from pagoda.isa.chip import Chip, load_chip
 from pagoda.llm import ModelFile, find_weights
+from pagoda.runtime.service.discovery import VARIABLE as DEVICE_VARIABLE
+from pagoda.runtime.service.paths import EMBEDDED
 
 CHILD = "import sys; from pagoda.llm.first_call import main; main(*sys.argv[1:])"
 
@@ -30,6 +32,7 @@ def _in_fresh_process(arguments: list[str], cache: str) -> dict[str, Any]:
         check=False,
         env={
             **os.environ,
+            DEVICE_VARIABLE: EMBEDDED,  # what others do on a shared device is not to be measured
             "TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor"),
             VARIABLE: str(Path(cache) / "pagoda"),
         },
@@ -71,7 +74,10 @@ def measure(path: Path, chip: Chip, name: str) -> dict[str, object]:
 )
 @json_option
 def compile(chip: str, model: Path | None, as_json: bool) -> None:
-    """First calls of a compiled language model: nothing kept, everything kept, another shape."""
+    """First calls of a compiled language model: nothing kept, everything kept, another shape.
+
+    On a simulator of its own, whatever PAGODA_DEVICE says.
+    """
     path = model if model is not None else find_weights()
     ModelFile(path)  # what is no model is said here, not by a child
     with Console(stderr=True).status("measuring first calls in fresh processes (minutes)"):

@@ -107,7 +107,10 @@ def measure(chip: Chip, size: int) -> dict[str, object]:
 )
 @json_option
 def gemm(chip: Chip | None, as_json: bool) -> None:
-    """bf16 matrix products of seeded numbers: 1024 first, then the other sizes."""
+    """bf16 matrix products of seeded numbers: 1024 first, then the other sizes.
+
+    On a simulator of its own, whatever PAGODA_DEVICE says.
+    """
     console = Console(stderr=True)
     cases = CASES if chip is None else [(chip, size) for size in SIZES]
     rows = [

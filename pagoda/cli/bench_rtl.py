@@ -110,7 +110,10 @@ def compare(chip: Chip, machines: tuple[_Timed, _Timed], name: str, settings: tu
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @json_option
 def rtl(chip: Chip, programs: int, seed: int, as_json: bool) -> None:
-    """Random library kernels on the RTL under Verilator and on the simulator."""
+    """Random library kernels on the RTL under Verilator and on the simulator.
+
+    Both are its own, whatever PAGODA_DEVICE says.
+    """
     require_package("amaranth", "verilator")
     from pagoda.chip.machine import RtlMachine
 

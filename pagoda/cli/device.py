@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -20,9 +21,17 @@ import click
 from pagoda.cli.options import json_option
 from pagoda.isa.chip import load_chip
 from pagoda.runtime.errors import ServiceError
-from pagoda.runtime.service.discovery import DEFAULT_CHIP, EMBEDDED, VARIABLE
+from pagoda.runtime.service.discovery import DEFAULT_CHIP, VARIABLE
 from pagoda.runtime.service.limits import load_limits
-from pagoda.runtime.service.paths import DEFAULT_NAME, AlreadyRunning, Lock, socket_path
+from pagoda.runtime.service.paths import (
+    DEFAULT_NAME,
+    EMBEDDED,
+    AlreadyRunning,
+    Lock,
+    name_of,
+    prepare,
+    socket_path,
+)
 from pagoda.runtime.service.protocol import Type
 from pagoda.runtime.service.remote import Connection, NotRunning, answers
 
@@ -32,7 +41,9 @@ _POLL_SECONDS = 0.02
 
 
 def _path(context: click.Context, parameter: click.Parameter, value: str | None) -> Path:
-    named = value or os.environ.get(VARIABLE, "")
+    if value is not None:
+        return socket_path(value)
+    named = os.environ.get(VARIABLE, "")
     return socket_path(named if named not in ("", EMBEDDED) else DEFAULT_NAME)
 
 
@@ -76,20 +87,20 @@ def start(
     """Start the device service and leave it running."""
     if foreground:
         _serve(path, chip, config, log, mode)
-    name = load_chip(chip).name
+    chip_name = load_chip(chip).name
     _refuse_second(path)
     words = ["--socket", str(path.absolute()), "--chip", chip, "--mode", f"{mode:o}"]
     words += ["--log", str(log if log is not None else path.with_suffix(".log"))]
     words += ["--config", str(config)] if config is not None else []
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the log goes there
+    prepare(path)  # the log goes there, too
     _start_apart(path, words)
-    if path == socket_path(DEFAULT_NAME):
-        click.echo(f"chip {name} is shared on {path}: every program uses it from now on")
+    name = name_of(path)
+    if name == DEFAULT_NAME:
+        click.echo(f"chip {chip_name} is shared on {path}: every program uses it from now on")
         click.echo(f"export {VARIABLE}={DEFAULT_NAME}    # to insist on it")
     else:
-        click.echo(f"chip {name} is shared on {path}: programs use it with")
-        known = path == socket_path(path.stem)
-        click.echo(f"export {VARIABLE}={path.stem if known else path.absolute()}")
+        click.echo(f"chip {chip_name} is shared on {path}: programs use it with")
+        click.echo(f"export {VARIABLE}={quote(name or str(path.absolute()))}")
 
 
 def _refuse_second(path: Path) -> None:

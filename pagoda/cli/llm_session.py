@@ -22,12 +22,14 @@ def open_session(
 ) -> tuple[ChipSession, Tokenizer, ModelFile]:
     """A session with the model in a GGUF file; None is SmolLM2-135M-Instruct from its package.
 
-    Raises ModelError, CompileError, OutOfDeviceMemory.
+    Raises ModelError, CompileError, OutOfDeviceMemory, ServiceError.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     shown = console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        task = progress.add_task("reading the model file", total=None)
+        task = progress.add_task("opening the device", total=None)
+        device = open_device(chip)  # first: whether it can be had is known at once
+        progress.update(task, description="reading the model file")
         file = ModelFile(path if path is not None else find_weights())
         tokenizer = Tokenizer(file.tokenizer_parts())
         model = compile_model(
@@ -37,7 +39,6 @@ def open_session(
             progress=lambda stage: progress.update(task, description=_first_time(stage)),
         )
         progress.update(task, description=_first_time(f"starting chip {chip.name}"))
-        device = open_device(chip)
         run_nothing(device)
         progress.update(task, description="weights to the chip's memory")
         progress.update(task, total=len(file.tensors))

@@ -32,7 +32,8 @@ device_chip_option = click.option(
     metavar="NAME|FILE",
     callback=_of_service,
     show_default="the device service's, or edge",
-    help="A preset, or a .toml or .py chip file.",
+    help="A preset, or a .toml or .py chip file; an error if PAGODA_DEVICE names a service with "
+    "another chip.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on the last line."

@@ -35,17 +35,11 @@ from pagoda.isa import timing
 from pagoda.isa.chip import Chip
 from pagoda.isa.machine import Machine, Result
 from pagoda.isa.program import Slot
-from pagoda.runtime import Device, DeviceFault
+from pagoda.runtime import Device, DeviceFault, open_device
 from pagoda.runtime.stalls import IDLE, stalls
-from pagoda.sim import Simulator
 
 MAX_TENSOR_BYTES = 256 << 20  # numpy works the result out on the host as well
 WAVE_CYCLES, WAVE_TAIL = 2000, 100  # dumped before and after a launch's end or fault
-
-
-def simulator(chip: Chip) -> Machine:
-    """The default machine, with a trace."""
-    return Simulator(chip, trace=True)
 
 
 @dataclass(frozen=True)
@@ -73,15 +67,19 @@ def _check_size(what: Problem, name: str) -> None:
 
 def execute(
     what: Problem, name: str, chip: Chip, seed: int, console: Console,
-    machine: Callable[[Chip], Machine] = simulator,
+    machine: Callable[[Chip], Machine] | None = None,
 ) -> Run:  # fmt: skip
-    """Compile, run and check. Raises CompileError, DeviceFault, OutOfDeviceMemory, ToolError."""
+    """Compile, run and check. machine: makes the one that it runs on, with a trace; None is the
+    device that any program gets. Raises CompileError, DeviceFault, OutOfDeviceMemory, ServiceError,
+    ToolError."""
     _check_size(what, name)
+    device = None if machine is not None else _traced_device(chip)
     with console.status(f"compiling {name} for {chip.name}") as status:
         kernel, scalars = what.build(chip)
         linked = link(name, [(kernel.name, compile_kernel(kernel, chip).blob())], chip)
         status.update("making the chip")
-        device = Device(chip, machine(chip))
+        if machine is not None:
+            device = Device(chip, machine(chip))
         status.update("running it on the chip")
         rng = np.random.default_rng(seed)
         layouts = what.tensors()
@@ -94,6 +92,13 @@ def execute(
         chip, len(linked.program.code), resident=False, args=LAUNCH_ARGUMENTS
     )
     return Run(kernel, result, start, verdict)
+
+
+def _traced_device(chip: Chip) -> Device:
+    """Raises ServiceError: PAGODA_DEVICE names a service with another chip, or one that is not."""
+    device = open_device(chip)
+    device.machine.tracing = True
+    return device
 
 
 def _launch(
@@ -280,7 +285,8 @@ Example:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the data.")
 @click.option(
     "--machine", type=click.Choice(["sim", "rtl"]), default="sim", show_default=True,
-    help="The simulator, or the RTL under Verilator (the first time a chip is built: minutes).",
+    help="The device that any program gets (a shared one, or a simulator of its own), or the RTL "
+    "under Verilator, never shared (the first time a chip is built: minutes).",
 )
 @click.option(
     "--vcd", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",

@@ -19,8 +19,8 @@ from pagoda.cli.device_load import DeviceLoad, Figures, load_between
 from pagoda.cli.options import json_option
 from pagoda.cli.top_screen import screen
 from pagoda.runtime import DeviceLost, ServiceError
-from pagoda.runtime.service.discovery import EMBEDDED, VARIABLE
-from pagoda.runtime.service.paths import DEFAULT_NAME, runtime_folder, socket_path
+from pagoda.runtime.service.discovery import VARIABLE
+from pagoda.runtime.service.paths import DEFAULT_NAME, EMBEDDED, runtime_folder, socket_path
 from pagoda.runtime.service.remote import Connection, NotRunning
 
 _METRICS_HOST = "127.0.0.1"

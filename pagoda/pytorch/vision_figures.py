@@ -14,7 +14,7 @@ from pagoda.pytorch.chip import profile, use_chip
 from pagoda.pytorch.device import NAME
 from pagoda.pytorch.quantisation import fold_batch_norms, quantize
 from pagoda.pytorch.vision import MobileNet, ResNet
-from pagoda.runtime import host_threads
+from pagoda.runtime import Device, host_threads
 from pagoda.runtime.profile import Profile
 
 NETWORKS = {"resnet50": ResNet, "mobilenet_v2": MobileNet}
@@ -53,10 +53,12 @@ class Figures:
 
 
 def run(
-    chip: Chip, network: str, dtype: str, batch: int, size: int, profiled: bool = False
-) -> Figures:
+    chip: Chip, network: str, dtype: str, batch: int, size: int, profiled: bool = False,
+    own: bool = False,
+) -> Figures:  # fmt: skip
     """A network on random images: dtype "bf16", its batch norms folded, or "int8" (`quantize`).
-    profiled: run it once more, with a profile."""
+    profiled: run it once more, with a profile. own: on a simulator of this program's own, though
+    a device service may run."""
     model, images = _model(network), _images(batch, size)
     macs, depthwise = count_macs(model, images[:1])
     with torch.no_grad():
@@ -64,7 +66,7 @@ def run(
             ready, given = quantize(model, images[:1]), images
         else:
             ready, given = fold_batch_norms(model).bfloat16(), images.bfloat16()
-        opened = use_chip(chip)
+        opened = use_chip(Device(chip) if own else chip)
         reset()
         compiled = torch.compile(ready.to(memory_format=torch.channels_last).to(NAME), backend=NAME)
         given = given.to(NAME)

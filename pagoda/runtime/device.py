@@ -13,7 +13,7 @@ from pagoda.compiler.region import NOWHERE, Place
 from pagoda.isa import Chip, Counters, Fault, FaultKind, Launch, Machine, Program, Result, Slot
 from pagoda.runtime.anomaly import AnomalyCheck
 from pagoda.runtime.errors import DeviceFault
-from pagoda.runtime.memory import Allocator
+from pagoda.runtime.memory import Allocator, OutOfDeviceMemory
 from pagoda.runtime.work_queue import Queue
 from pagoda.sim import Simulator
 
@@ -48,6 +48,18 @@ def host_threads() -> int:
     return os.cpu_count() or 1
 
 
+def _simulator(chip: Chip, threads: int) -> Machine:
+    """Raises OutOfDeviceMemory: this process gets no memory for the chip's DRAM."""
+    try:
+        return Simulator(chip, threads=threads)
+    except OSError as error:
+        raise OutOfDeviceMemory(
+            f"chip {chip.name!r}: this process gets no memory for the simulated DRAM of "
+            f"{chip.dram_bytes:,} bytes ({error.strerror}); raise its limit on memory (ulimit -v), "
+            "or choose a chip with less DRAM"
+        ) from None
+
+
 class Device:
     """A chip with an operating system, as one process sees it.
 
@@ -69,7 +81,7 @@ class Device:
     ) -> None:
         self.chip = chip
         if machine is None:
-            machine = Simulator(chip, threads=threads or host_threads())
+            machine = _simulator(chip, threads or host_threads())
         self.machine = machine
         if memory is None:  # no allocation has address 0
             most = chip.dram_bytes if memory_limit is None else memory_limit

@@ -17,11 +17,10 @@ from pagoda.runtime.memory import GrantedAllocator
 from pagoda.runtime.policy import PRIORITIES, WEIGHTS
 from pagoda.runtime.service.grants import unit_bytes
 from pagoda.runtime.service.limits import parse_bytes
-from pagoda.runtime.service.paths import DEFAULT_NAME, socket_path
+from pagoda.runtime.service.paths import DEFAULT_NAME, EMBEDDED, socket_path
 from pagoda.runtime.service.remote import Connection, NotRunning, RemoteMachine
 
 VARIABLE = "PAGODA_DEVICE"
-EMBEDDED = "embedded"
 DEFAULT_CHIP = "edge"
 
 
@@ -37,13 +36,12 @@ def find_service(
         return None
     path = socket_path(named or DEFAULT_NAME)
     try:
-        connection = Connection(path)
+        connection = Connection(path, owners=None if named else (os.geteuid(), 0))
     except NotRunning:
         if named:
             raise
         return None
-    trusted = named or connection.owner in (os.geteuid(), 0)
-    if trusted and chip in (None, connection.chip):
+    if chip in (None, connection.chip):
         return connection
     found = connection.chip
     connection.close()

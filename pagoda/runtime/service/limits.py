@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pagoda.runtime.device import WATCHDOG_CYCLES
 from pagoda.runtime.errors import ServiceError
+from pagoda.runtime.policy import PRIORITIES, WEIGHTS
 
 SYSTEM_FILE = Path("/etc/pagoda/device.toml")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?")
@@ -81,15 +82,19 @@ def load_limits(path: Path | None) -> Limits:
             "put limits into one of these"
         )
     default = _limits(what, "default", table.get("default", {}), UserLimits())
-    users = tuple(
-        (_uid(what, name), _limits(what, f"users.{name}", entry, default))
-        for name, entry in table.get("users", {}).items()
-    )
-    return Limits(default, users)
+    users: dict[int, UserLimits] = {}
+    for name, entry in table.get("users", {}).items():
+        limits = _limits(what, f"users.{name}", entry, default)
+        if users.setdefault(_uid(what, name), limits) is not limits:
+            raise ServiceError(
+                f"{what}: [users.{name}]: the user has two tables, by name and by number; put all "
+                "limits into one"
+            )
+    return Limits(default, tuple(users.items()))
 
 
 def _uid(what: str, name: str) -> int:
-    if name.isdigit():
+    if name.isascii() and name.isdigit():
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid
@@ -100,19 +105,36 @@ def _uid(what: str, name: str) -> int:
         ) from None
 
 
+def _memory(value: object) -> int:
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"memory = {error}") from None
+
+
 def _limits(what: str, name: str, entry: object, base: UserLimits) -> UserLimits:
     known = [field.name for field in fields(UserLimits)]
-    if not isinstance(entry, dict) or set(entry) - set(known):
-        raise ServiceError(f"{what}: [{name}]: its entries must be among {', '.join(known)}")
+    if not isinstance(entry, dict):
+        raise ServiceError(f"{what}: {name} = {entry!r}: must be a table; begin it with [{name}]")
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise ServiceError(
+            f"{what}: [{name}]: {unknown[0]!r}: there is no such limit; there are "
+            f"{', '.join(known)}"
+        )
     values = dict(entry)
     try:
         if "memory" in values:
-            values["memory"] = parse_bytes(values["memory"])
+            values["memory"] = _memory(values["memory"])
         weight, priority = values.get("weight", 1.0), values.get("priority", 0)
-        if type(weight) not in (int, float) or not 0 < weight <= 1e6:
-            raise ValueError(f"weight = {weight!r}: must be a number above 0, at most 1000000")
-        if type(priority) is not int or not -1000 <= priority <= 1000:
-            raise ValueError(f"priority = {priority!r}: must be a whole number, -1000 to 1000")
+        low, high = WEIGHTS
+        if type(weight) not in (int, float) or not low <= weight <= high:
+            raise ValueError(f"weight = {weight!r}: must be a number, {low:f} to {high:.0f}")
+        if type(priority) is not int or priority not in PRIORITIES:
+            raise ValueError(
+                f"priority = {priority!r}: must be a whole number, {PRIORITIES[0]} to "
+                f"{PRIORITIES[-1]}"
+            )
         watchdog = values.get("watchdog", WATCHDOG_CYCLES)
         if type(watchdog) not in (int, float) or not 1 <= watchdog <= 1 << 62:
             raise ValueError(f"watchdog = {watchdog!r}: must be a number of cycles, at least 1")

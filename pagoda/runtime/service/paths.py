@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 from pagoda.runtime.errors import ServiceError
 
 DEFAULT_NAME = "default"
+EMBEDDED = "embedded"  # in place of a name: no service
 _LONGEST = 107  # bytes that Linux allows in the path of a socket
 
 
@@ -25,8 +27,17 @@ def runtime_folder() -> Path:
 
 def socket_path(name: str) -> Path:
     """Socket of the service of that name; a name with a slash is a path. Raises ServiceError."""
+    if not name:
+        raise ServiceError(
+            "device service '': it needs a name, or the path of its socket; give one of them"
+        )
+    if name == EMBEDDED:
+        raise ServiceError(
+            f"device service {name!r}: no service can have this name, which stands for none in "
+            "PAGODA_DEVICE; choose another"
+        )
     path = Path(name) if "/" in name else runtime_folder() / f"{name}.sock"
-    if not name or len(os.fsencode(path)) > _LONGEST:
+    if len(os.fsencode(path)) > _LONGEST:
         raise ServiceError(
             f"device service {name!r}: its socket would be {path}: a socket's path has 1 to "
             f"{_LONGEST} bytes; choose a shorter name or path"
@@ -34,8 +45,15 @@ def socket_path(name: str) -> Path:
     return path
 
 
-def make_folder(path: Path) -> None:
-    """The folder of a socket, its owner's alone if it is made here. Raises ServiceError."""
+def name_of(path: Path) -> str | None:
+    """The name by which PAGODA_DEVICE may call the service on a socket; None if only its path."""
+    known = path.parent == runtime_folder() and path.suffix == ".sock" and path.stem != EMBEDDED
+    return path.stem if known else None
+
+
+def prepare(path: Path) -> None:
+    """Make the folder of a socket, its owner's alone if it is new. Raises ServiceError: a service
+    cannot have its socket there."""
     folder = path.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -53,6 +71,18 @@ def make_folder(path: Path) -> None:
             "writable by everybody, or others could put their service there; choose another with "
             "--socket"
         )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ServiceError(
+            f"device service: folder {folder} for its socket: you must be able to write there; "
+            "choose another with --socket"
+        )
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            what = "a folder" if path.is_dir() else "a file"
+            raise ServiceError(
+                f"device service: {path} is {what}, and its socket would be there; remove it or "
+                "choose another place with --socket"
+            )
 
 
 class Lock:
@@ -63,9 +93,12 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_name(path.name + ".lock")
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-                               0o600)  # fmt: skip
+            try:  # in a folder as /tmp, Linux lets not even root create what is another user's
+                self._fd = os.open(self.path, flags)
+            except FileNotFoundError:
+                self._fd = os.open(self.path, flags | os.O_CREAT, 0o600)
         except OSError as error:
             raise ServiceError(
                 f"device service: lock file {self.path} cannot be opened ({error.strerror}); "

@@ -72,6 +72,14 @@ class OtherVersion(ProtocolError):
         self.found = found
 
 
+def other_version_remedy(pid: int) -> str:
+    """What to do if service and program differ. pid: the service's."""
+    return (
+        f"run both from the same installation: end the service (kill {pid}) and start it again, or "
+        "set PAGODA_DEVICE=embedded to do without"
+    )
+
+
 class Message(NamedTuple):
     """One message. body: as it came; fds: file descriptors, which the receiver must close."""
 

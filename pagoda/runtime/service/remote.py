@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
+import struct
 import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -19,6 +22,7 @@ from pagoda.runtime.errors import DeviceLost, ServiceError
 from pagoda.runtime.interrupts import held_interrupts
 from pagoda.runtime.memory import OutOfDeviceMemory
 from pagoda.runtime.service.launches import Outcome, pack_launch, unpack_chip, unpack_result
+from pagoda.runtime.service.paths import DEFAULT_NAME, name_of
 from pagoda.runtime.service.protocol import (
     ANSWER,
     HEADER,
@@ -30,12 +34,14 @@ from pagoda.runtime.service.protocol import (
     ProtocolError,
     Type,
     credentials,
+    other_version_remedy,
     pack,
 )
 from pagoda.runtime.service.shared_memory import map_shared
 
 _MAX_PROGRAMS = 1024  # known by number; each is kept alive
 _SENT_AT_ONCE = 1 << 14  # bytes that a socket takes whole, or not at all
+_TIMEVAL = struct.Struct("ll")
 _ANSWER_SECONDS = 10.0  # until a living service has greeted
 
 
@@ -43,9 +49,16 @@ class NotRunning(ServiceError):
     """Nobody listens on the socket."""
 
     def __init__(self, path: Path) -> None:
+        name = name_of(path)
+        which = f"--name {shlex.quote(name)}" if name else f"--socket {shlex.quote(str(path))}"
+        where = "" if name == DEFAULT_NAME else f" {which}"
+        remedy = f"start one with `pagoda device start{where}`"
+        if os.path.isdir(path) or os.path.isfile(path):
+            what = "a folder" if os.path.isdir(path) else "a file"
+            remedy = f"that is {what}, and must be a socket; correct the path"
         super().__init__(
-            f"no device service runs on {path}; start one with `pagoda device start`, or set "
-            "PAGODA_DEVICE=embedded to do without"
+            f"no device service runs on {path}; {remedy}, or set PAGODA_DEVICE=embedded to do "
+            "without"
         )
 
 
@@ -55,11 +68,18 @@ class Connection:
     Raises NotRunning, and ServiceError if the service may not be used or is of another version.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        """name: what the service's figures call this process; by default its program's name."""
+    def __init__(
+        self, path: Path, name: str | None = None, owners: Collection[int] | None = None
+    ) -> None:
+        """name: what the service's figures call this process; by default its program's name.
+        owners: users whose service it may be; one of somebody else counts as none. None: anybody.
+        """
         self.path = path
         connected = _connect(path)
-        self.owner = credentials(connected)[1]  # the user whose service it is
+        pid, owner = credentials(connected)
+        if owners is not None and owner not in owners:
+            connected.close()
+            raise NotRunning(path)
         self._channel = Channel(connected)
         self._lock = threading.Lock()
         self._number = 0
@@ -77,16 +97,16 @@ class Connection:
                 raise ServiceError(
                     f"the device service on {path} is Pagoda {welcome['pagoda']} (contract "
                     f"version {welcome['contract']}), this program is Pagoda {__version__} "
-                    f"(contract version {CONTRACT_VERSION}); run both from the same installation, "
-                    "and start the service again"
+                    f"(contract version {CONTRACT_VERSION}); {other_version_remedy(pid)}"
                 )
             self.pid: int = welcome["pid"]
             self.chip = unpack_chip(welcome["chip"])
         except TimeoutError:
             self.close()
             raise ServiceError(
-                f"device service on {path}: it has not answered for {_ANSWER_SECONDS:.0f} s; "
-                "end it and start it again"
+                f"device service on {path}: process {pid} has not answered for "
+                f"{_ANSWER_SECONDS:.0f} s; end it and start the service again, check the path, or "
+                "set PAGODA_DEVICE=embedded to do without"
             ) from None
         except (DeviceLost, ProtocolError) as error:
             self.close()
@@ -101,8 +121,10 @@ class Connection:
 
     def ask(self, kind: Type, **fields: Any) -> Message:
         """Send a request; returns the answer. Raises DeviceLost, and what `refusal` says."""
-        # Ctrl-C must not tear a request, or lose what it was granted. The second one does not wait.
-        with self._lock, held_interrupts(self._hang_up):
+        # Ctrl-C must not tear a request, or lose what it was granted. The second one does not wait,
+        # nor does any before the greeting is over: whoever listens may not be a service at all.
+        held = contextlib.nullcontext() if kind is Type.HELLO else held_interrupts(self._hang_up)
+        with self._lock, held:
             return self._exchange(kind, pack(kind, **fields), "a request", kind is Type.OPEN)
 
     def _hang_up(self) -> None:
@@ -174,8 +196,8 @@ class Connection:
         except OtherVersion as other:
             self._break(
                 f"the device service on {self.path} speaks protocol version {other.found}, this "
-                f"program (Pagoda {__version__}) speaks version {VERSION}; run both from the same "
-                "installation, and start the service again"
+                f"program (Pagoda {__version__}) speaks version {VERSION}; "
+                f"{other_version_remedy(credentials(self._channel.socket)[0])}"
             )
             raise ServiceError(self._broken) from None
         except (OSError, ProtocolError) as error:
@@ -355,7 +377,12 @@ class RemoteMachine(MachineBase):
 def _connect(path: Path) -> socket.socket:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # The time until a service that accepts nobody has room in its queue.
+        connected.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(_ANSWER_SECONDS), 0)
+        )
         connected.connect(str(path))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         connected.close()
         raise NotRunning(path) from None
@@ -365,6 +392,13 @@ def _connect(path: Path) -> socket.socket:
             f"the device service on {path} may not be used by this user: the socket's permissions "
             "do not allow it; have it started with --mode 0660 and join its group, or start one of "
             "your own"
+        ) from None
+    except BlockingIOError:
+        connected.close()
+        raise ServiceError(
+            f"device service on {path}: it has accepted nobody for {_ANSWER_SECONDS:.0f} s; end it "
+            "and start the service again, check the path, or set PAGODA_DEVICE=embedded to do "
+            "without"
         ) from None
     except OSError as error:
         connected.close()

@@ -12,7 +12,6 @@ import logging
 import os
 import pwd
 import socket
-import stat
 import threading
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ from pagoda.runtime.service.context import Context, MachineFactory, Peer, Refuse
 from pagoda.runtime.service.grants import Account, available_host_bytes
 from pagoda.runtime.service.launches import pack_chip
 from pagoda.runtime.service.limits import Limits
-from pagoda.runtime.service.paths import Lock, make_folder
+from pagoda.runtime.service.paths import Lock, prepare
 from pagoda.runtime.service.protocol import (
     ANSWER,
     VERSION,
@@ -41,13 +40,16 @@ from pagoda.runtime.service.protocol import (
     ProtocolError,
     Type,
     credentials,
+    other_version_remedy,
     pack,
 )
+from pagoda.runtime.service.shared_memory import SharedMemory
 from pagoda.runtime.service.watch import Client, Watch
 from pagoda.sim import Simulator
 
 MAX_CONTEXTS = 512
 _MAX_CONNECTIONS = 2 * MAX_CONTEXTS  # each is a thread
+_MOST_FOR_OWNER = _MAX_CONNECTIONS + 16  # who must be able to stop it, whoever else is there
 _GREETING_SECONDS = 10.0
 _PART_OF_HOST = 8  # one part in so many, for the trace of one launch
 _SLACK_BYTES = 1 << 20  # of memory touched outside of grants: nobody is ended for a page
@@ -87,7 +89,8 @@ class Service:
         self._resets = 0
         self._past = dict(launches=0, cycles=0, faults=0, contexts=0)
         self._began = time.monotonic()
-        make_folder(path)
+        SharedMemory(chip.dram_bytes).close()  # or nobody could open a context
+        prepare(path)
         self._file_lock = Lock(path)
         self._listener = self._listen()
         self._watch = Watch(self._tick)
@@ -96,11 +99,6 @@ class Service:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with contextlib.suppress(FileNotFoundError):  # of a service that was killed
-                if not stat.S_ISSOCK(self.path.lstat().st_mode):
-                    raise ServiceError(
-                        f"device service: {self.path} is no socket; remove that file or choose "
-                        "another place with --socket"
-                    )
                 self.path.unlink()
             listener.bind(str(self.path))
             self.path.chmod(self._mode)
@@ -128,8 +126,7 @@ class Service:
                     log.error("accept: %s", error)
                     time.sleep(0.1)  # out of descriptors: some client will end
                     continue
-                if len(self._snapshot()) >= _MAX_CONNECTIONS:
-                    connected.close()
+                if self._refuse_crowd(connected):
                     continue
                 serve = threading.Thread(
                     target=self._serve, args=(connected,), name="pagoda client", daemon=True
@@ -141,6 +138,24 @@ class Service:
                     connected.close()
         finally:
             self._close()
+
+    def _refuse_crowd(self, connected: socket.socket) -> bool:
+        """Whether there is no room for a connection; then it is closed."""
+        count = len(self._snapshot())
+        if count < _MAX_CONNECTIONS:
+            return False
+        channel = Channel(connected)
+        with contextlib.suppress(OSError):  # it went away, or does not read
+            if credentials(connected)[1] in (os.geteuid(), 0) and count < _MOST_FOR_OWNER:
+                return False
+            connected.setblocking(False)
+            text = (
+                f"the device service on {self.path} has {count:,} connections, and takes no more; "
+                "try again when other programs have ended"
+            )
+            channel.send(Type.REFUSED, 0, pack(Type.REFUSED, code="crowded", text=text))
+        channel.close()
+        return True
 
     def stop(self) -> None:
         """Have `run` return."""
@@ -279,7 +294,7 @@ class Service:
                 "version",
                 f"the device service on {self.path} is Pagoda {mine[0]} (contract version "
                 f"{mine[1]}), this program is Pagoda {theirs[0]} (contract version {theirs[1]}); "
-                "run both from the same installation, and start the service again",
+                f"{other_version_remedy(os.getpid())}",
             )
         if client.peer.uid not in (os.geteuid(), 0) and not self._mode & 0o066:
             raise Refused(
@@ -303,9 +318,10 @@ class Service:
                 "more; try again when others have ended",
             )
         allowed = self._limits.of(client.peer.uid)
+        priority = fields["priority"] or min(0, allowed.priority)
         weight = fields["time_share"] or min(1.0, allowed.weight)
         for name, value, most in (
-            ("priority", fields["priority"], allowed.priority),
+            ("priority", priority, allowed.priority),
             ("time_share", weight, allowed.weight),
         ):
             if value > most:
@@ -321,7 +337,7 @@ class Service:
         most = min(allowed.memory, self.chip.dram_bytes)
         limit = min(fields["memory_limit"] or most, most)
 
-        share = Share(f"{client.peer.user}/{client.name}", fields["priority"], weight)
+        share = Share(f"{client.peer.user}/{client.name}", priority, weight)
         context = Context(
             next(self._numbers), client.peer, client.name, chip, self._account,
             allowed, limit, self._scheduler, share, self._machine,
@@ -371,8 +387,8 @@ class Service:
     def _other_protocol(self, other: OtherVersion) -> str:
         return (
             f"the device service on {self.path} is Pagoda {__version__} and speaks protocol "
-            f"version {VERSION}, this program speaks version {other.found}; run both from the same "
-            "installation, and start the service again"
+            f"version {VERSION}, this program speaks version {other.found}; "
+            f"{other_version_remedy(os.getpid())}"
         )
 
     # What is going on.
