@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.nn.modules import linear_cross_entropy
 
 from pagoda.pytorch import (
     convolution_3d,
@@ -107,6 +110,12 @@ def _trilinear(
 
     factors = f"{letters(expand1)},{letters(expand2)},{letters(expand3)}"
     return aten.einsum.default(f"{factors}->{letters(sumdim)}", [a, b, c])
+
+
+def _traced(op: CustomOpDef) -> Callable:
+    """What an operation that torch writes in Python does, as operations of which none writes into
+    another's result."""
+    return dispatch_functionalize(op._init_fn)
 
 
 def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
@@ -229,6 +238,10 @@ _OURS: dict[Any, Callable] = {
     aten.digamma.default: functions.digamma,
     aten.polygamma.default: functions.polygamma,
     aten.special_erfcx.default: functions.erfcx,
+    **{op._opoverload: _traced(op) for op in (
+        linear_cross_entropy._linear_cross_entropy_batch_chunked,
+        linear_cross_entropy._linear_cross_entropy_batch_chunked_no_reduction,
+    )},
 }
 
 
