@@ -53,11 +53,6 @@ def _bincount(
     return found.index_add_(0, x.to(torch.int64), what)
 
 
-def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
-    """What autograd takes for gradients that are 0; elsewhere it has no memory."""
-    return torch.zeros(size, **options)
-
-
 def _renorm(x: torch.Tensor, p: float, dim: int, maxnorm: float) -> torch.Tensor:
     others = [d for d in range(x.dim()) if d != dim % x.dim()]
     norms = torch.linalg.vector_norm(x, p, others, keepdim=True)
@@ -65,7 +60,6 @@ def _renorm(x: torch.Tensor, p: float, dim: int, maxnorm: float) -> torch.Tensor
 
 
 REWRITTEN: dict[Any, Callable] = {
-    aten._efficientzerotensor.default: _zeros,
     aten.bincount.default: _bincount,
     aten.repeat_interleave.Tensor: _repeated_positions,
     aten.equal.default: _equal,

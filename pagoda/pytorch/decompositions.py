@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.nn.modules import linear_cross_entropy
 
 from pagoda.pytorch import (
     convolution_3d,
@@ -93,6 +96,33 @@ def _weight_norm_backward(
     return g / norms * (grad - v * (along / norms.square())), along / norms
 
 
+def _trilinear(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, expand1: Sequence[int],
+    expand2: Sequence[int], expand3: Sequence[int], sumdim: Sequence[int], unroll_dim: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    """Sum over the dimensions `sumdim` of a b c, each of which lacks the dimensions it is expanded
+    in: `bilinear` and its gradients. a and b are multiplied first, as on the CPU."""
+    rank = a.dim() + len(expand1)
+
+    def letters(without: Sequence[int]) -> str:
+        left_out = {d % rank for d in without}
+        return "".join(chr(ord("a") + d) for d in range(rank) if d not in left_out)
+
+    factors = f"{letters(expand1)},{letters(expand2)},{letters(expand3)}"
+    return aten.einsum.default(f"{factors}->{letters(sumdim)}", [a, b, c])
+
+
+def _traced(op: CustomOpDef) -> Callable:
+    """What an operation that torch writes in Python does, as operations of which none writes into
+    another's result."""
+    return dispatch_functionalize(op._init_fn)
+
+
+def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
+    """What autograd takes for gradients that are 0; elsewhere it has no memory."""
+    return torch.zeros(size, **options)
+
+
 # torch's own decompositions that Inductor leaves out because other backends have kernels for them.
 _MORE = [
     aten.upsample_bilinear2d.default,
@@ -146,6 +176,8 @@ _OURS: dict[Any, Callable] = {
     aten.softshrink_backward.default: _hardshrink_backward,
     aten.pow.Tensor_Tensor: _either(integers.power, aten.pow.Tensor_Tensor),
     aten.pow.Scalar: _either(integers.power, aten.pow.Scalar),
+    aten._trilinear.default: _trilinear,
+    aten._efficientzerotensor.default: _zeros,
     aten.gcd.default: integers.gcd,
     aten.take.default: scatters.take,
     aten.nonzero_static.default: scatters.nonzero_static,
@@ -170,6 +202,8 @@ _OURS: dict[Any, Callable] = {
     aten.mode.default: sorting.mode,
     aten.scatter_reduce.two: scatters.scatter_reduce,
     aten.index_reduce.default: scatters.index_reduce,
+    aten.masked_scatter.default: scatters.masked_scatter,
+    aten.masked_scatter_backward.default: scatters.masked_scatter_backward,
     aten.searchsorted.Tensor: scatters.searchsorted,
     aten.searchsorted.Scalar: scatters.searchsorted,
     aten.bucketize.Tensor: scatters.bucketize,
@@ -204,6 +238,10 @@ _OURS: dict[Any, Callable] = {
     aten.digamma.default: functions.digamma,
     aten.polygamma.default: functions.polygamma,
     aten.special_erfcx.default: functions.erfcx,
+    **{op._opoverload: _traced(op) for op in (
+        linear_cross_entropy._linear_cross_entropy_batch_chunked,
+        linear_cross_entropy._linear_cross_entropy_batch_chunked_no_reduction,
+    )},
 }
 
 

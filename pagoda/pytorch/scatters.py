@@ -6,7 +6,8 @@ which is quadratic, and meant for classes, experts and bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -173,3 +174,26 @@ def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> torch
         return torch.zeros((size, 0), dtype=torch.int64, device=x.device)
     missing = wanted >= found.sum()
     return torch.where(missing[:, None], fill_value, torch.stack(columns, -1))
+
+
+def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Element k of `source` where the mask is true for the k-th time, else `x`."""
+    x, mask = torch.broadcast_tensors(x, mask)
+    if not source.numel():
+        return x.clone()
+    row = mask.reshape(-1)
+    taken = source.reshape(-1)[torch.where(row, cumsum(row, 0) - 1, 0)]
+    return torch.where(row, taken, x.reshape(-1)).view(x.shape)
+
+
+def masked_scatter_backward(
+    grad: torch.Tensor, mask: torch.Tensor, sizes: Sequence[int]
+) -> torch.Tensor:
+    """The gradient of `source`, of these sizes: in order, those of places where the mask is
+    true. The others go to places of their own behind it."""
+    grad, mask = torch.broadcast_tensors(grad, mask)
+    row, count = mask.reshape(-1), math.prod(sizes)
+    behind = torch.arange(row.shape[0], device=row.device) + count
+    place = torch.where(row, cumsum(row, 0) - 1, behind)
+    given = grad.new_zeros(count + row.shape[0]).scatter(0, place, grad.reshape(-1))
+    return given[:count].view(sizes)
