@@ -70,6 +70,14 @@ def values(*shape, grad=True):
             lambda c, a, b: torch.baddbmm(c, a, b, alpha=0.5, beta=2.0),
             (values(2, 3, 4), values(2, 3, 5), values(2, 5, 4)),
         ),
+        "sign of a real number": (lambda x: x.sgn(), (values(3, 4),)),
+        "elements put where a mask says": (
+            lambda x, s: x.masked_scatter(torch.arange(9, device=x.device) % 3 == 1, s),
+            (values(8, 9), values(5, 7)),
+        ),
+        "bilinear product": (
+            lambda a, b, w: F.bilinear(a, b, w), (values(3, 4), values(3, 5), values(2, 4, 5))
+        ),
         "reflected padding": (lambda x: F.pad(x, (2, 1), mode="reflect"), (values(2, 3, 6),)),
         "overlapping windows summed": (
             lambda x: F.fold(x, (5, 6), (3, 3), padding=1), (values(1, 18, 30),)
