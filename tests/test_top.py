@@ -52,13 +52,17 @@ def test_it_shows_every_service_that_runs_and_what_its_programs_do(folder, pagod
 
 
 def test_no_service(folder, pagoda):
-    wanted = (
-        f"error: no device service runs on {folder / 'default.sock'}; start one with `pagoda "
-        "device start`, or set PAGODA_DEVICE=embedded to do without\n"
-    )
-    assert pagoda("top") == (1, "", wanted)
-    assert pagoda("top", "--json") == (1, "", wanted)
-    assert pagoda("top", "--name", "lost") == (1, "", wanted.replace("default", "lost"))
+    def wanted(name: str, start: str) -> str:
+        return (
+            f"error: no device service runs on {folder / name}.sock; start one with `{start}`, or "
+            "set PAGODA_DEVICE=embedded to do without\n"
+        )
+
+    nobody = wanted("default", "pagoda device start")
+    assert pagoda("top") == (1, "", nobody)
+    assert pagoda("top", "--json") == (1, "", nobody)
+    lost = wanted("lost", "pagoda device start --name lost")
+    assert pagoda("top", "--name", "lost") == (1, "", lost)
 
 
 def test_a_service_that_is_gone_is_told_beside_the_others(folder, pagoda):
