@@ -1,11 +1,9 @@
 """The fast matmul against the contract's words: one fma at a time, in order, one rounding each."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
+import other_processors
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -281,10 +279,6 @@ def test_packed_rows_are_used_again_while_their_state_is_the_same(rows: int, tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", ["+avx,+avx2,+fma", "+avx,+avx2,+fma,+avx512f", ""])
+@other_processors.each
 def test_other_vector_lengths(features: str):
-    """The same tests, compiled for another processor."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    other_processors.run_tests(__file__, features)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numba
 import numpy as np
+import other_processors
 import pytest
 from numpy.typing import NDArray
 
@@ -176,10 +174,6 @@ def test_every_pattern(code: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", ["+avx,+avx2,+fma", "+avx,+avx2,+fma,+avx512f", ""])
+@other_processors.each
 def test_other_vector_lengths(features: str):
-    """The quick tests, compiled for another processor."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    other_processors.run_tests(__file__, features)
