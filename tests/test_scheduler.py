@@ -202,50 +202,83 @@ def test_an_interrupted_wait_leaves_the_queue(monkeypatch):
     assert scheduler.snapshot()["running"] == []
 
 
-def test_who_returns_at_once_is_awaited_and_who_does_not_is_given_up(monkeypatch):
-    class Clock:
-        now = 1000.0
+class Clock:
+    """Stands for `time` in the scheduler."""
 
-        def monotonic(self) -> float:
-            return self.now
+    now = 1000.0
 
+    def monotonic(self) -> float:
+        return self.now
+
+
+def launch(scheduler: Scheduler, tenant: Tenant, clock: Clock, seconds: float, cycles: int) -> None:
+    with scheduler.turn(tenant) as turn:
+        clock.now += seconds
+        turn.charge(cycles)
+
+
+def test_who_returns_at_once_is_awaited_as_long_as_its_launches_took(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(scheduler_module, "time", clock)
     scheduler = Scheduler(1)
     a, b = scheduler.join("a"), scheduler.join("b")
-    with scheduler.turn(a) as turn:
+    launch(scheduler, b, clock, 1.0, 100)
+    again = Worker(scheduler, a)
+    other = Worker(scheduler, b)
+    eventually(lambda: waiting(scheduler) == ["b"])
+    clock.now += PATIENCE_SECONDS  # so long a may be awaited, in sum
+    again.end()  # a has had 1 cycle, b 100: the core is kept for a
+    clock.now += PATIENCE_SECONDS / 2
+    launch(scheduler, a, clock, PATIENCE_SECONDS / 4, 1)
+    assert not other.started.is_set()
+    clock.now += PATIENCE_SECONDS * 0.7
+    assert not other.started.wait(0.05)
+    clock.now += PATIENCE_SECONDS * 0.1  # 1/2 of it waited, 1/4 earned: 3/4 are over
+    assert other.started.wait(LIMIT)
+    other.end()
+
+
+def test_who_mostly_comes_back_late_is_not_awaited_until_that_has_changed(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    scheduler = Scheduler(1)
+    a, b = scheduler.join("a"), scheduler.join("b")
+
+    def kept_after(pause: float) -> bool:
+        """Whether the core is kept for a after a launch; a comes back after this pause."""
+        again = Worker(scheduler, a)
         other = Worker(scheduler, b)
         eventually(lambda: waiting(scheduler) == ["b"])
         clock.now += 1.0
-        turn.charge(1)
-    assert other.started.wait(LIMIT)  # both have had nothing before, so b is first in line
-    other.cycles = 100
+        again.end()
+        kept = not other.started.wait(0.05)
+        clock.now += pause
+        assert other.started.wait(LIMIT)
+        other.cycles = 100
+        other.end()
+        return kept
+
+    launch(scheduler, b, clock, 1.0, 10_000)
+    late, prompt = 2 * PATIENCE_SECONDS, PATIENCE_SECONDS
+    assert [kept_after(prompt) for _ in range(3)] == [True] * 3
+    assert [kept_after(late) for _ in range(8)] == [True] * 6 + [False] * 2
+    assert [kept_after(prompt) for _ in range(8)][-1]
+
+
+def test_idle_time_of_a_tenant_alone_is_not_held_against_it(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    scheduler = Scheduler(1)
+    a, b = scheduler.join("a"), scheduler.join("b")
+    launch(scheduler, a, clock, 1.0, 1)
+    clock.now += 3600.0
+    launch(scheduler, b, clock, 1.0, 100)
     again = Worker(scheduler, a)
-    eventually(lambda: waiting(scheduler) == ["a"])
-    other.end()
-    assert again.started.wait(LIMIT)
     other = Worker(scheduler, b)
     eventually(lambda: waiting(scheduler) == ["b"])
-    clock.now += 1.0
-    again.end()  # a has had 2 cycles, b 100: the core is kept for a
-    clock.now += PATIENCE_SECONDS / 2
-    with scheduler.turn(a) as turn:
-        assert not other.started.is_set()
-        clock.now += PATIENCE_SECONDS / 4
-        turn.charge(1)
-    clock.now += PATIENCE_SECONDS / 5  # it is not awaited longer than its launch took
+    again.end()
     assert not other.started.wait(0.05)
-    clock.now += PATIENCE_SECONDS / 10
-    assert other.started.wait(LIMIT)
-    again = Worker(scheduler, a)
-    eventually(lambda: waiting(scheduler) == ["a"])
-    clock.now += 1.0
-    other.end()
-    assert again.started.wait(LIMIT)
-    other = Worker(scheduler, b)
-    eventually(lambda: waiting(scheduler) == ["b"])
-    clock.now += 1.0
-    again.end()  # a came back late, and is not awaited now
+    clock.now += PATIENCE_SECONDS
     assert other.started.wait(LIMIT)
     other.end()
 

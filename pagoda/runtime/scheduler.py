@@ -14,10 +14,11 @@ from typing import Any, Self
 from pagoda.runtime import policy
 from pagoda.runtime.policy import Await, Policy, Start
 
-# A tenant whose launch has ended is awaited so long, and no longer than that launch took: at worst
-# half of the time is lost to waiting for those that come back late, and those are not awaited again
-# before they have come back in time.
-PATIENCE_SECONDS = 0.002
+# A tenant whose launch has ended is awaited so long, and in sum no longer than its launches took:
+# at worst half of the time is lost to waiting. One that was late more often than not is not awaited
+# before that has changed.
+PATIENCE_SECONDS = 0.005
+_RECENT, _MOSTLY_LATE = 8, 0.5  # launches over which that is judged, and from which part on
 # One that comes back later than that, but within this time, was not idle: it keeps its credit.
 GRACE_SECONDS = 0.02
 
@@ -44,7 +45,8 @@ class Tenant(policy.Tenant):
         self.core_seconds = 0.0
         self.waits = 0  # turns that had to wait
         self.waited_seconds = 0.0
-        self.prompt = True  # it came back in time after its last launch
+        self.lateness = 0.0  # part of its recent launches after which it was late
+        self.patience = 0.0  # seconds that it has earned to be awaited
         self.ended = -math.inf  # its last launch
         self.awaited_until = -math.inf  # after that, whether it was awaited or not
 
@@ -196,9 +198,10 @@ class Scheduler:
             if not tenant.member:
                 raise TenantGone(tenant.name)
             turn.asked = time.monotonic()
-            if not (tenant.requests or tenant.running):
-                tenant.prompt = turn.asked <= tenant.awaited_until or not tenant.launches
-            self._awaited.pop(tenant, None)
+            if tenant.launches and not (tenant.requests or tenant.running):
+                late = turn.asked > tenant.awaited_until
+                tenant.lateness += (late - tenant.lateness) / _RECENT
+            self._await_no_longer(tenant, turn.asked)
             self._policy.request(tenant, late=turn.asked <= tenant.ended + GRACE_SECONDS)
             tenant.turns.append(turn)
             turn.bell = threading.Lock()
@@ -218,6 +221,10 @@ class Scheduler:
                     self._policy.withdraw(tenant)
                     self._dispatch()
             raise
+
+    def _await_no_longer(self, tenant: Tenant, now: float) -> None:
+        if (until := self._awaited.pop(tenant, None)) is not None:
+            tenant.patience -= min(now, until) - tenant.ended
 
     def _wait(self, turn: Turn) -> None:
         while not turn.cores:
@@ -247,8 +254,9 @@ class Scheduler:
         tenant.core_cycles += turn.cycles * len(turn.cores)
         self._core_cycles += turn.cycles * len(turn.cores)
         tenant.ended = now
-        tenant.awaited_until = now + min(PATIENCE_SECONDS, now - turn.started)
-        self._policy.finish(tenant, turn.cycles, returns=tenant.prompt)
+        tenant.patience += now - turn.started
+        tenant.awaited_until = now + min(PATIENCE_SECONDS, tenant.patience)
+        self._policy.finish(tenant, turn.cycles, returns=tenant.lateness < _MOSTLY_LATE)
         if tenant.awaited:
             self._awaited[tenant] = tenant.awaited_until
         self._dispatch()
@@ -259,7 +267,7 @@ class Scheduler:
         now = time.monotonic()
         if self._awaited:
             for tenant in [t for t, until in self._awaited.items() if until <= now]:
-                del self._awaited[tenant]
+                self._await_no_longer(tenant, now)
                 self._policy.give_up(tenant)
         while isinstance(decision := self._policy.decide(), Start):
             turn = decision.tenant.turns.popleft()
