@@ -202,6 +202,20 @@ def test_sizes_and_negative_numbers_vary():
         torch.testing.assert_close(F.cross_entropy(logits.to(P), target.to(P)).cpu(), want)
 
 
+def test_powers_cut_to_integers_are_refused():
+    with pytest.raises(NotImplementedError) as raised:
+        torch.logspace(0, 3, 4, dtype=torch.int64, device=P)
+    assert str(raised.value) == (
+        "operation aten.logspace.out cannot run on device pagoda: logspace of torch.int64 needs "
+        "powers that are exact before they are cut to integers, and the chip computes them in "
+        "float32. Use dtype=torch.float32 and .round() before .to(torch.int64). It is never "
+        "computed on the CPU in silence; if that is what you want, move its inputs with .cpu() and "
+        "the result back."
+    )
+    powers = torch.logspace(0, 3, 4, device=P).round().to(torch.int64)
+    assert powers.tolist() == [1, 10, 100, 1000]
+
+
 @pytest.mark.parametrize(
     ("dtype", "instead"),
     [(torch.float64, "float32"), (torch.float16, "float32 or bfloat16"), (torch.int16, "int32")],

@@ -25,6 +25,7 @@ from pagoda.pytorch import (
     scatters,
     sorting,
 )
+from pagoda.pytorch.errors import Unsupported
 
 aten = torch.ops.aten
 
@@ -62,7 +63,11 @@ def _logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: An
               device: Any = None, **options: Any) -> Any:  # fmt: skip
     dtype = dtype or torch.get_default_dtype()
     if not dtype.is_floating_point:
-        return NotImplemented
+        raise Unsupported(
+            f"logspace of {dtype} needs powers that are exact before they are cut to integers, and "
+            "the chip computes them in float32. Use dtype=torch.float32 and .round() before "
+            f".to({dtype})."
+        )
     exponents = torch.linspace(start, end, steps, dtype=torch.float32, device=device)
     return torch.pow(base, exponents).to(dtype)
 

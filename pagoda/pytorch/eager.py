@@ -422,6 +422,7 @@ def _explain(op: Any, error: Exception) -> str:
     while cause is not None and not isinstance(cause, Unsupported):
         cause = cause.__cause__ or cause.__context__
     reason = str(cause) if cause is not None else f"{type(error).__name__}: {error}"
+    reason = reason.partition("\n\nWhile executing %")[0]  # the interpreter of graphs adds that
     return (
         f"operation {op} cannot run on device pagoda: {reason.strip().rstrip('.')}. It is never "
         "computed on the CPU in silence; if that is what you want, move its inputs with .cpu() and "
