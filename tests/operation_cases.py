@@ -19,6 +19,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils import _pytree as pytree
 
+from pagoda.runtime import DeviceFault
+
 P = "pagoda"
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)  # int64 is computed as int32
 
@@ -104,8 +106,8 @@ def _elements(sample: SampleInput) -> int:
 
 
 def samples(op: OpInfo, dtype: torch.dtype, count: int) -> list[SampleInput]:
-    """`count` samples: the smallest one that has elements, and others from all over torch's list,
-    which begins with common arguments and ends with rare ones."""
+    """`count` samples: the smallest one that has elements and gives some, and others from all over
+    torch's list, which begins with common arguments and ends with rare ones."""
     torch.manual_seed(0)
     gradient = op.supports_autograd and dtype.is_floating_point
     made: Iterator[SampleInput] = op.sample_inputs("cpu", dtype, requires_grad=gradient)
@@ -114,11 +116,20 @@ def samples(op: OpInfo, dtype: torch.dtype, count: int) -> list[SampleInput]:
     every = list(itertools.islice(made, 200))
     random.setstate(before)
     found = [s for s in every if _elements(s) <= 5000] or every
-    filled = sorted((s for s in found if _elements(s)), key=_elements) or found
-    others = [s for s in found if s is not filled[0]] if filled else []
+    if not found:
+        return []
+    ordered = sorted(found, key=lambda s: (not _elements(s), _elements(s)))
+    smallest = next((s for s in ordered if _gives_elements(op, s)), ordered[0])
+    others = [s for s in found if s is not smallest]
     step = max(len(others) / max(count - 1, 1), 1)
-    return filled[:1] + [others[int((k + 0.5) * step)] for k in range(count - 1)
-                         if int((k + 0.5) * step) < len(others)]  # fmt: skip
+    places = (int((k + 0.5) * step) for k in range(count - 1))
+    return [smallest, *(others[place] for place in places if place < len(others))]
+
+
+def _gives_elements(op: OpInfo, sample: SampleInput) -> bool:
+    return accepted(op, sample) and any(
+        t.numel() for t in results(op.op, placed(sample, "cpu"))[0]
+    )
 
 
 # Samples that ask for types the chip has none of, by name or as the type of a tensor, ask for these
@@ -285,12 +296,14 @@ def accepted(op: OpInfo, sample: SampleInput) -> bool:
     return True
 
 
-def refused(op: OpInfo, sample: SampleInput) -> bool:
-    """Whether it is one of the few that are refused though the table says that the operation
-    passes: its verdicts know the type of what is given, not of what is asked for."""
-    asked = sample.kwargs.get("dtype")
-    whole = isinstance(asked, torch.dtype) and not asked.is_floating_point
-    return op.name == "logspace" and whole
+def fits(op: OpInfo, sample: SampleInput) -> bool:
+    """Whether the CPU's results have types that the chip computes with."""
+    return all(t.dtype not in _INSTEAD for t in results(op.op, placed(sample, "cpu"))[0])
+
+
+def too_wide(error: BaseException) -> bool:
+    """Whether the chip found an integer beyond 32 bits: some samples have such values."""
+    return isinstance(error, DeviceFault) and "INT64_OVERFLOW" in str(error)
 
 
 def is_refusal(error: BaseException) -> bool:

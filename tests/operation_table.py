@@ -93,8 +93,10 @@ Written by `python tests/operation_table.py` from the last results; do not edit.
 torch's own operator database: its sample inputs, run here and on the CPU, forward and backward,
 contiguous and strided. *yes*: the same values, within 1e-4 for float32 and 1.6e-2 for bfloat16;
 *refused*: an error that names the operation and says what to do instead; empty: torch's database
-has no samples of the type. int64 stands for all integers. The gradient column says whether
-gradients were compared. Operations computed on the host are counted by `torch.pagoda.fallbacks()`.
+has no samples of the type. int64 stands for all integers; they are computed in 32 bits, and a
+value that does not fit is a fault (`INT64_OVERFLOW`), never a wrong result. The gradient column
+says whether gradients were compared. Operations computed on the host are counted by
+`torch.pagoda.fallbacks()`.
 
 Left out: decompositions of matrices, Fourier transforms, complex numbers, sparse tensors, special
 functions that networks hardly use; convolution and attention have kernels and tests of their own.

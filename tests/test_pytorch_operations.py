@@ -202,6 +202,19 @@ def test_sizes_and_negative_numbers_vary():
         torch.testing.assert_close(F.cross_entropy(logits.to(P), target.to(P)).cpu(), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
+def test_weighted_counts_that_torch_makes_float64_are_refused(dtype):
+    x, weights = torch.tensor([0, 2, 2]).to(P), torch.tensor([1, 2, 3]).to(P)
+    with pytest.raises(NotImplementedError) as raised:
+        torch.bincount(x, weights.to(dtype))
+    assert str(raised.value) == (
+        f"operation aten.bincount cannot run on device pagoda: its sums of {dtype} weights are "
+        "torch.float64, which the chip stores but cannot compute with. Use float32: convert the "
+        "weights with .float()."
+    )
+    assert torch.bincount(x, weights.float()).tolist() == [1.0, 0.0, 5.0]
+
+
 def test_powers_cut_to_integers_are_refused():
     with pytest.raises(NotImplementedError) as raised:
         torch.logspace(0, 3, 4, dtype=torch.int64, device=P)

@@ -46,9 +46,16 @@ def _repeated_positions(repeats: torch.Tensor, output_size: int | None = None) -
 def _bincount(
     x: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0
 ) -> torch.Tensor:
-    """How many bins there are is read back from the device."""
+    """How many bins there are is read back from the device. Sums of weights other than float32 are
+    float64 in torch."""
+    if weights is not None and weights.dtype != torch.float32:
+        raise NotImplementedError(
+            f"operation aten.bincount cannot run on device pagoda: its sums of {weights.dtype} "
+            "weights are torch.float64, which the chip stores but cannot compute with. Use "
+            "float32: convert the weights with .float()."
+        )
     bins = max(int(x.max().item()) + 1, minlength) if x.numel() else minlength
-    what = torch.ones_like(x, dtype=torch.int64) if weights is None else weights.float()
+    what = torch.ones_like(x, dtype=torch.int64) if weights is None else weights
     found = torch.zeros(bins, dtype=what.dtype, device=x.device)
     return found.index_add_(0, x.to(torch.int64), what)
 
