@@ -11,7 +11,7 @@ import numpy as np
 from pagoda.isa.fault import FaultKind
 from pagoda.sim import details
 from pagoda.sim.convert import F32, row_bytes
-from pagoda.sim.entry import fail
+from pagoda.sim.entry_checks import fail
 from pagoda.sim.functions import OPERANDS
 from pagoda.sim.jit import jit, load_i32, load_u8, store_8, store_i64
 from pagoda.sim.layout import (

@@ -15,7 +15,8 @@ from pagoda.sim.checking import (
     log_space,
     mark_writes,
 )
-from pagoda.sim.entry import EMPTY, fail, finish_indexed, prepare
+from pagoda.sim.entry import prepare
+from pagoda.sim.entry_checks import EMPTY, fail
 from pagoda.sim.jit import (
     cached_jit,
     jit,
@@ -93,6 +94,7 @@ from pagoda.sim.layout import (
     WORK_LIMIT,
     WRITE_BYTES,
 )
+from pagoda.sim.transfer_entry import finish_indexed
 from pagoda.sim.values import (
     execute,
     note_overflow,
