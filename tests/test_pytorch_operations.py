@@ -164,7 +164,11 @@ def test_a_result_whose_size_depends_on_data_is_refused_when_compiled():
 
 
 def test_counts_by_class():
-    both(lambda x: torch.histc(x, 5, 0, 10), torch.tensor([0.0, 1, 2, 3.5, 9.9, 10, 11, -1]))
+    x = torch.tensor([0.0, 1, 2, 3.5, 9.9, 10, 11, -1])
+    both(lambda x: torch.histc(x, 5, 0, 10), x)
+    both(lambda x: torch.histc(x, 6), x)  # from the smallest to the largest
+    both(lambda x: torch.histc(x, 4, 3, 3), torch.full((3,), 2.0))
+    both(lambda x: torch.histc(x, 4), torch.zeros(0))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -213,6 +217,30 @@ def test_weighted_counts_that_torch_makes_float64_are_refused(dtype):
         "weights with .float()."
     )
     assert torch.bincount(x, weights.float()).tolist() == [1.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("ends", ["numbers", "tensors", "start", "end"])
+def test_evenly_spaced(ends, dtype):
+    def evenly(start, end, device):
+        return torch.linspace(start, end, 7, dtype=dtype, device=device)
+
+    start, end = -7.7, 9.2  # torch cuts them for integers, too
+    if ends in ("tensors", "start"):
+        start = torch.tensor(start)
+    if ends in ("tensors", "end"):
+        end = torch.tensor(end)
+    wanted = evenly(start, end, "cpu")
+    here = [a.to(P) if isinstance(a, torch.Tensor) else a for a in (start, end)]
+    for function in (evenly, torch.compile(evenly, backend="pagoda")):
+        torch.testing.assert_close(function(*here, P).cpu(), wanted)
+
+
+def test_a_list_as_index_compiled_with_gradients():
+    x = torch.arange(12.0).reshape(4, 3)
+    here = x.to(P).requires_grad_()
+    torch.compile(lambda x: x[[1, 3, 1]], backend="pagoda")(here).sum().backward()
+    assert here.grad.tolist() == [[0.0] * 3, [2.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
 def test_powers_cut_to_integers_are_refused():

@@ -59,6 +59,30 @@ def _index_add(
     return added.to(x.dtype)
 
 
+def _linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, device: Any = None,
+              **options: Any) -> Any:  # fmt: skip
+    """To integers, for which torch cuts the ends, too; or from or to a tensor, where Inductor's own
+    needs float64."""
+    dtype = dtype or torch.get_default_dtype()
+    tensors = isinstance(start, torch.Tensor) or isinstance(end, torch.Tensor)
+    if dtype.is_floating_point and not tensors:
+        return NotImplemented
+    start, end = (_rounded(a, dtype) for a in (start, end))
+    number = torch.arange(steps, device=device)
+    step = (end - start) / max(steps - 1, 1)
+    values = torch.where(
+        number < (steps + 1) // 2, start + step * number, end - step * (steps - 1 - number)
+    )
+    return values.to(dtype)
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    """A number or tensor as float, after it had that type."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype).float()
+    return value if dtype.is_floating_point else int(value)
+
+
 def _logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None,
               device: Any = None, **options: Any) -> Any:  # fmt: skip
     dtype = dtype or torch.get_default_dtype()
@@ -176,7 +200,14 @@ _OURS: dict[Any, Callable] = {
     aten.uniform.default: _uniform,
     torch.ops.prims.normal.default: _normal,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
+    aten.linspace.default: _either(_linspace, aten.linspace.default),
+    aten.linspace.Tensor_Tensor: _linspace,
+    aten.linspace.Tensor_Scalar: _linspace,
+    aten.linspace.Scalar_Tensor: _linspace,
     aten.logspace.default: _logspace,
+    aten.logspace.Tensor_Tensor: _logspace,
+    aten.logspace.Tensor_Scalar: _logspace,
+    aten.logspace.Scalar_Tensor: _logspace,
     aten.hardshrink_backward.default: _hardshrink_backward,
     aten.softshrink_backward.default: _hardshrink_backward,
     aten.pow.Tensor_Tensor: _either(integers.power, aten.pow.Tensor_Tensor),

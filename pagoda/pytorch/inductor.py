@@ -54,6 +54,8 @@ SETTINGS: dict[str, Any] = {
     "graph_partition": False,
     "compile_threads": 1,
     "benchmark_kernel": False,
+    # One for the whole process, and constants of a graph are copied by a graph of their own.
+    "bundle_triton_into_fx_graph_cache": False,
     "size_asserts": False,
     "alignment_asserts": False,
     "fallback_random": False,

@@ -152,12 +152,18 @@ def mode(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
     return tuple(found) if keepdim else tuple(t.squeeze(dim) for t in found)
 
 
-def histc(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
-    """Counts of equal bins; the last one includes its upper end."""
-    if min == max:
-        return NotImplemented  # the range would depend on the data
+def histc(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> torch.Tensor:
+    """Counts of equal bins; the last one includes its upper end. Bounds that are equal stand for
+    those of the values, of which none must be NaN then: torch refuses it, here no bin counts."""
     flat = x.reshape(-1).float()
-    inside = (flat >= min) & (flat <= max)
-    bin_ = ((flat - min) * (bins / (max - min))).floor().clamp(max=bins - 1)
+    low, high = min, max
+    if low == high and x.numel():
+        low, high = flat.amin(), flat.amax()
+        wider = torch.where(low == high, 1.0, 0.0)
+        low, high = low - wider, high + wider
+    elif low == high:
+        low, high = low - 1, high + 1
+    inside = (flat >= low) & (flat <= high)
+    bin_ = ((flat - low) * bins / (high - low)).floor().clamp(max=bins - 1)
     wanted = torch.arange(bins, device=x.device)[:, None]
     return ((bin_ == wanted) & inside).sum(-1).to(x.dtype)
