@@ -19,6 +19,7 @@ from operation_cases import (
     fits,
     judge,
     layouts,
+    leaves,
     samples,
     too_wide,
 )
@@ -102,8 +103,12 @@ def test_any_sample_in_any_layout(case):
 @given(cases())
 def test_many_samples_in_any_layout(case):
     op, sample, layout = case
+    # Like torch's own tests: gradients cancel, and bfloat16 has no digits left then.
+    gradients = not any(
+        isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in leaves(sample)
+    )
     try:
-        check(op, sample, layout=layout)
+        check(op, sample, layout=layout, gradients=gradients)
     except DeviceFault as fault:
         assert too_wide(fault), fault
 

@@ -37,6 +37,8 @@ def _baddbmm(
 
 
 def _joined(bias: torch.Tensor, product: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
+    if not product.is_floating_point():  # as torch does
+        beta, alpha = int(beta), int(alpha)
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
