@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -217,6 +219,19 @@ def test_weighted_counts_that_torch_makes_float64_are_refused(dtype):
         "weights with .float()."
     )
     assert torch.bincount(x, weights.float()).tolist() == [1.0, 0.0, 5.0]
+
+
+def test_empty_tensors():
+    both(lambda x: x.clamp(max=x), torch.zeros(0, 3))
+    both(lambda x: torch.clamp_min(x, x), torch.zeros(0, 3))
+    both(lambda x: torch.cdist(x, x, p=math.inf), torch.zeros(4, 0))
+
+
+@pytest.mark.parametrize("beta, alpha", [(0.6, 0.2), (2.5, 3.7)])
+def test_factors_of_integer_products_are_cut(beta, alpha):
+    x, a, b = (torch.arange(n).reshape(2, 2, -1) for n in (12, 8, 12))
+    both(lambda x, a, b: torch.baddbmm(x, a, b, beta=beta, alpha=alpha), x, a, b)
+    both(lambda x, a, b: torch.addbmm(x[0], a, b, beta=beta, alpha=alpha), x, a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])

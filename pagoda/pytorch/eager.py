@@ -186,14 +186,14 @@ def _has_empty_result(op: Any, kwargs: dict[str, Any]) -> bool:
 def _resized(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An operation whose `out` is empty and takes the size of the result (`arange` does this)."""
     outs = [kwargs[a.name] for a in op._schema.arguments if a.is_out]
-    names = [a.name for a in op._schema.arguments if not a.is_out]
+    taken = [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out]
     written = {a.name for a in op._schema.arguments if a.is_out}
     given = {k: v for k, v in kwargs.items() if k not in written}
     for name in op.overloadpacket.overloads():
         overload = getattr(op.overloadpacket, name)
-        arguments = {a.name: a for a in overload._schema.arguments}
-        extra = arguments.keys() - set(names)
-        if list(arguments)[: len(names)] == names and extra <= _FACTORY:
+        arguments = [(a.name, str(a.type)) for a in overload._schema.arguments]
+        extra = {name for name, _ in arguments[len(taken) :]}
+        if arguments[: len(taken)] == taken and extra <= _FACTORY:
             made = {"dtype": outs[0].dtype, "device": outs[0].device}
             result = run(overload, args, given | {k: v for k, v in made.items() if k in extra})
             parts = result if isinstance(result, (tuple, list)) else (result,)

@@ -63,6 +63,8 @@ def embedding_bag(
 
 def pairwise_distances(x: torch.Tensor, y: torch.Tensor, p: float, compute_mode: Any = None) -> Any:
     """x [.., m, d], y [.., n, d] -> [.., m, n]: p-norms of all differences."""
+    if not x.shape[-1]:  # the largest of no differences: zero for torch
+        p = 1.0
     return torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], p, -1)
 
 
