@@ -208,6 +208,15 @@ def test_sizes_and_negative_numbers_vary():
         torch.testing.assert_close(F.cross_entropy(logits.to(P), target.to(P)).cpu(), want)
 
 
+def test_a_wrong_argument_is_told_as_torch_does(caplog):
+    with pytest.raises(RuntimeError) as raised:
+        torch.histc(torch.ones(3, device=P), min=3, max=1)
+    assert type(raised.value) is RuntimeError
+    assert str(raised.value) == "histc(): max must be larger than min"
+    assert not caplog.records
+    assert torch.histc(torch.ones(3, device=P), 1, 0, 1).tolist() == [3.0]  # nothing is left of it
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
 def test_weighted_counts_that_torch_makes_float64_are_refused(dtype):
     x, weights = torch.tensor([0, 2, 2]).to(P), torch.tensor([1, 2, 3]).to(P)

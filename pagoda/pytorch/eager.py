@@ -8,8 +8,10 @@ per token. Nothing is computed on the host but the operations of `HOST_ALLOWED`,
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -74,7 +76,12 @@ class _Operation:
 
 _operations: dict[tuple, _Operation] = {}
 # Compiling needs a thread that is in no autograd, tracing or dispatch mode of its caller.
-_worker = ThreadPoolExecutor(1, "pagoda-eager-compile")
+_WORKER = "pagoda-eager-compile"
+_worker = ThreadPoolExecutor(1, _WORKER)
+# There torch would print the stack of every wrong argument, which is raised anyway.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(
+    lambda record: not str(record.threadName).startswith(_WORKER)
+)
 # Set (`active`) in a thread that compiles: Inductor then folds constants by computing on real
 # tensors, which is the compiler's work and stays on the host.
 compiling = threading.local()
@@ -353,6 +360,8 @@ def _compile(
         with torch.no_grad(), tracing(TracingContext(mode)):
             function = compile_graph(module, [*fakes, *(size for _, size in sizes)])
     except Exception as error:
+        if not dynamic and (wrong := _wrong_argument(error)):
+            raise wrong from None
         raise NotImplementedError(_explain(op, error)) from error
     conditions = guards.expression(shapes, fakes, ignore_static=False)
 
@@ -417,12 +426,24 @@ def _parts(graph: torch.fx.Graph, op: Any, result: torch.fx.Node) -> tuple:
     return tuple(graph.call_function(operator.getitem, (result, k)) for k in range(count))
 
 
+def _wrong_argument(error: BaseException) -> BaseException | None:
+    """What torch's own check of an operation's arguments has raised, if that is why."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return type(error)(_words(error)) if frame.f_code is torch._check_with.__code__ else None
+
+
+def _words(error: BaseException) -> str:
+    """Its message without what torch's interpreter of graphs adds."""
+    return str(error).partition("\n\nWhile executing %")[0]
+
+
 def _explain(op: Any, error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, Unsupported):
         cause = cause.__cause__ or cause.__context__
-    reason = str(cause) if cause is not None else f"{type(error).__name__}: {error}"
-    reason = reason.partition("\n\nWhile executing %")[0]  # the interpreter of graphs adds that
+    reason = _words(cause) if cause is not None else f"{type(error).__name__}: {_words(error)}"
     return (
         f"operation {op} cannot run on device pagoda: {reason.strip().rstrip('.')}. It is never "
         "computed on the CPU in silence; if that is what you want, move its inputs with .cpu() and "
