@@ -17,6 +17,7 @@ from operation_cases import (
     check,
     dtypes_of,
     fits,
+    is_decomposition,
     judge,
     layouts,
     leaves,
@@ -109,8 +110,9 @@ def test_many_samples_in_any_layout(case):
     )
     try:
         check(op, sample, layout=layout, gradients=gradients)
-    except DeviceFault as fault:
-        assert too_wide(fault), fault
+    except (DeviceFault, NotImplementedError) as error:
+        if not (too_wide(error) or is_decomposition(error)):
+            raise
 
 
 @pytest.mark.slow

@@ -165,6 +165,10 @@ def test_a_result_whose_size_depends_on_data_is_refused_when_compiled():
     assert "Use torch.where or a mask of fixed size." in str(raised.value)
 
 
+def test_position_of_the_third_smallest():
+    both(lambda x: tuple(torch.kthvalue(x, 3, 1)), values(4, 9))
+
+
 def test_counts_by_class():
     x = torch.tensor([0.0, 1, 2, 3.5, 9.9, 10, 11, -1])
     both(lambda x: torch.histc(x, 5, 0, 10), x)
