@@ -169,6 +169,14 @@ def test_position_of_the_third_smallest():
     both(lambda x: tuple(torch.kthvalue(x, 3, 1)), values(4, 9))
 
 
+@pytest.mark.parametrize("length", [9, 3000])
+def test_most_frequent_value_and_one_of_its_places(length):
+    x = torch.randint(-length // 8, length // 8, (2, length), dtype=torch.float32)
+    value, place = x.to(P).mode(-1)
+    assert torch.equal(value.cpu(), x.mode(-1).values)
+    assert torch.equal(x.gather(-1, place.cpu()[:, None])[:, 0], value.cpu())
+
+
 def test_counts_by_class():
     x = torch.tensor([0.0, 1, 2, 3.5, 9.9, 10, 11, -1])
     both(lambda x: torch.histc(x, 5, 0, 10), x)

@@ -137,17 +137,21 @@ def nanmedian(x: torch.Tensor) -> torch.Tensor:
 
 
 def mode(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
-    """The smallest of the most frequent values, and its last place."""
+    """The smallest of the most frequent values, and its last place (torch: any)."""
     if x.dim() == 0:
         return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
     row = x.movedim(dim, -1)
-    if row.shape[-1] > LIMIT:
-        return NotImplemented
-    counts = (row[..., :, None] == row[..., None, :]).sum(-1)
-    often = counts == counts.amax(-1, keepdim=True)
-    value = torch.where(often, row, highest(x.dtype)).amin(-1, keepdim=True)
     places = torch.arange(row.shape[-1], device=x.device)
-    index = torch.where(often & (row == value), places, 0).amax(-1, keepdim=True)
+    if row.shape[-1] > LIMIT:
+        ordered = row.sort(-1).values
+        begins = torch.cat([ordered[..., :1] == ordered[..., :1], ordered.diff(dim=-1) != 0], -1)
+        counts = places - torch.where(begins, places, 0).cummax(-1).values
+    else:
+        ordered = row
+        counts = (row[..., :, None] == row[..., None, :]).sum(-1)
+    often = counts == counts.amax(-1, keepdim=True)
+    value = torch.where(often, ordered, highest(x.dtype)).amin(-1, keepdim=True)
+    index = torch.where(row == value, places, 0).amax(-1, keepdim=True)
     found = [row.gather(-1, index).movedim(-1, dim), index.movedim(-1, dim)]
     return tuple(found) if keepdim else tuple(t.squeeze(dim) for t in found)
 
