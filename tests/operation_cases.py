@@ -143,8 +143,10 @@ LAYOUTS = ("contiguous", "strided", "transposed", "offset")
 
 
 def layouts(op: OpInfo) -> tuple[str, ...]:
-    """Those in which a sample asks the same: what as_strided gives is a matter of the layout."""
-    return LAYOUTS[:1] if op.name.startswith("as_strided") else LAYOUTS
+    """Those in which a sample asks the same: what as_strided gives is a matter of the layout, and
+    native_group_norm takes no other."""
+    fixed = op.name.startswith("as_strided") or op.name == "native_group_norm"
+    return LAYOUTS[:1] if fixed else LAYOUTS
 
 
 def placed(
