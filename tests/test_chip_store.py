@@ -364,7 +364,10 @@ def run_sequences(name: str, count: int, seed: int) -> None:
         tested.run(commands, memories, late=number % 2 == 1, pauses=pauses)
 
 
-@pytest.mark.parametrize("name", ["tiny", "slow", "far"])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("slow", "far")]
+
+
+@pytest.mark.parametrize("name", ["tiny", *_SLOW])
 def test_random_stores_and_scatters(name):
     run_sequences(name, 40, seed=1)
 

@@ -270,6 +270,7 @@ def test_long_streams_of_mixed_functions(lanes):
         _stream(_model(lanes), lanes, 5000, seed)
 
 
+@pytest.mark.slow
 def test_eight_lanes_elaborate():
     text = rtlil.convert(_pipeline(8), name="vector_pipeline_8", emit_src=False)
     for unit, count in (("divide.unit_0", 2), ("functions.unit_3", 2), ("multiply.lane_7", 2)):
