@@ -165,6 +165,15 @@ def test_a_result_whose_size_depends_on_data_is_refused_when_compiled():
     assert "Use torch.where or a mask of fixed size." in str(raised.value)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("padding, counted", [(0, True), (1, True), (1, False)])
+def test_gradients_of_averages_over_parts_of_windows(padding, counted, compiled):
+    options = {"padding": padding, "ceil_mode": True, "count_include_pad": counted}
+    both(lambda x: F.avg_pool1d(x, 4, 3, **options), values(1, 2, 9), compiled=compiled)
+    both(lambda x: F.avg_pool2d(x, 3, 2, **options), values(1, 2, 8, 10), compiled=compiled)
+    both(lambda x: F.avg_pool3d(x, 2, 3, **options), values(1, 1, 6, 7, 9), compiled=compiled)
+
+
 def test_position_of_the_third_smallest():
     both(lambda x: tuple(torch.kthvalue(x, 3, 1)), values(4, 9))
 

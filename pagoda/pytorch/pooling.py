@@ -221,7 +221,9 @@ def _average_backward(dims: int, op: Any, grad, x, kernel_size, stride, padding,
     given = (list(kernel_size), list(stride), list(padding))
     size, padding = full(kernel_size, dims), full(padding, dims)
     stride = full(stride, dims) if stride not in ((), [], None) else size
-    if math.prod(size) <= LARGE:
+    # Inductor divides by the whole size of a window of which a part lies outside.
+    clipped = ceil_mode and divisor_override is None
+    if math.prod(size) <= LARGE and not clipped:
         if given == (size, stride, padding):  # else spell it out: Inductor knows no shorter form
             return NotImplemented
         return op(grad, x, size, stride, padding, ceil_mode, count_include_pad, divisor_override)
