@@ -129,9 +129,7 @@ def samples(op: OpInfo, dtype: torch.dtype, count: int) -> list[SampleInput]:
 
 
 def _gives_elements(op: OpInfo, sample: SampleInput) -> bool:
-    return accepted(op, sample) and any(
-        t.numel() for t in results(op.op, placed(sample, "cpu"))[0]
-    )
+    return any(t.numel() for t in _on_cpu(op, sample) or ())
 
 
 # Samples that ask for types the chip has none of, by name or as the type of a tensor, ask for these
@@ -292,20 +290,27 @@ def _same(exact: Sequence[Any], want: Sequence[Any]) -> Sequence[Any]:
     return exact if len(exact) == len(want) else want
 
 
+def _on_cpu(op: OpInfo, sample: SampleInput) -> list[Any] | None:
+    """The CPU's results; None if it cannot compute them."""
+    try:
+        return results(op.op, placed(sample, "cpu"))[0]
+    except Exception:  # noqa: BLE001 - whatever torch raises for arguments it does not take
+        return None
+
+
 def accepted(op: OpInfo, sample: SampleInput) -> bool:
     """Whether the CPU can compute it."""
-    try:
-        results(op.op, placed(sample, "cpu"))
-    except Exception:  # noqa: BLE001 - whatever torch raises for arguments it does not take
-        return False
-    return True
+    return _on_cpu(op, sample) is not None
 
 
 def fits(op: OpInfo, sample: SampleInput) -> bool:
-    """Whether the CPU's results have types that the chip computes with, and are no floats that were
-    cut to integers: one whose last bit differs may give another integer. And tensor_split takes its
-    places from the CPU only."""
-    types = {t.dtype for t in results(op.op, placed(sample, "cpu"))[0]}
+    """Whether the CPU can compute it, in types that the chip computes with too, and the results are
+    no floats that were cut to integers: one whose last bit differs may give another integer. And
+    tensor_split takes its places from the CPU only."""
+    found = _on_cpu(op, sample)
+    if found is None:
+        return False
+    types = {t.dtype for t in found}
     cut = op.name == "linspace" and not all(t.is_floating_point for t in types)
     places = op.name == "tensor_split" and isinstance(sample.args[0], torch.Tensor)
     return not cut and not places and types.isdisjoint(_INSTEAD)

@@ -172,6 +172,7 @@ def test_gradients_of_averages_over_parts_of_windows(padding, counted, compiled)
     both(lambda x: F.avg_pool1d(x, 4, 3, **options), values(1, 2, 9), compiled=compiled)
     both(lambda x: F.avg_pool2d(x, 3, 2, **options), values(1, 2, 8, 10), compiled=compiled)
     both(lambda x: F.avg_pool3d(x, 2, 3, **options), values(1, 1, 6, 7, 9), compiled=compiled)
+    both(lambda x: F.avg_pool2d(x, 2, 2, **options), values(1, 2, 6, 8), compiled=compiled)
 
 
 def test_position_of_the_third_smallest():

@@ -211,21 +211,31 @@ class Clock:
         return self.now
 
 
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    it = Clock()
+    monkeypatch.setattr(scheduler_module, "time", it)
+    return it
+
+
+def one_after_the_other(scheduler: Scheduler, a: Tenant, b: Tenant) -> tuple[Worker, Worker]:
+    """The first has its turn, the second waits."""
+    workers = Worker(scheduler, a), Worker(scheduler, b)
+    eventually(lambda: waiting(scheduler) == [b.name])
+    return workers
+
+
 def launch(scheduler: Scheduler, tenant: Tenant, clock: Clock, seconds: float, cycles: int) -> None:
     with scheduler.turn(tenant) as turn:
         clock.now += seconds
         turn.charge(cycles)
 
 
-def test_who_returns_at_once_is_awaited_as_long_as_its_launches_took(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(scheduler_module, "time", clock)
+def test_who_returns_at_once_is_awaited_as_long_as_its_launches_took(clock):
     scheduler = Scheduler(1)
     a, b = scheduler.join("a"), scheduler.join("b")
     launch(scheduler, b, clock, 1.0, 100)
-    again = Worker(scheduler, a)
-    other = Worker(scheduler, b)
-    eventually(lambda: waiting(scheduler) == ["b"])
+    again, other = one_after_the_other(scheduler, a, b)
     clock.now += PATIENCE_SECONDS  # so long a may be awaited, in sum
     again.end()  # a has had 1 cycle, b 100: the core is kept for a
     clock.now += PATIENCE_SECONDS / 2
@@ -238,17 +248,13 @@ def test_who_returns_at_once_is_awaited_as_long_as_its_launches_took(monkeypatch
     other.end()
 
 
-def test_who_mostly_comes_back_late_is_not_awaited_until_that_has_changed(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(scheduler_module, "time", clock)
+def test_who_mostly_comes_back_late_is_not_awaited_until_that_has_changed(clock):
     scheduler = Scheduler(1)
     a, b = scheduler.join("a"), scheduler.join("b")
 
     def kept_after(pause: float) -> bool:
         """Whether the core is kept for a after a launch; a comes back after this pause."""
-        again = Worker(scheduler, a)
-        other = Worker(scheduler, b)
-        eventually(lambda: waiting(scheduler) == ["b"])
+        again, other = one_after_the_other(scheduler, a, b)
         clock.now += 1.0
         again.end()
         kept = not other.started.wait(0.05)
@@ -265,17 +271,13 @@ def test_who_mostly_comes_back_late_is_not_awaited_until_that_has_changed(monkey
     assert [kept_after(prompt) for _ in range(8)][-1]
 
 
-def test_idle_time_of_a_tenant_alone_is_not_held_against_it(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(scheduler_module, "time", clock)
+def test_idle_time_of_a_tenant_alone_is_not_held_against_it(clock):
     scheduler = Scheduler(1)
     a, b = scheduler.join("a"), scheduler.join("b")
     launch(scheduler, a, clock, 1.0, 1)
     clock.now += 3600.0
     launch(scheduler, b, clock, 1.0, 100)
-    again = Worker(scheduler, a)
-    other = Worker(scheduler, b)
-    eventually(lambda: waiting(scheduler) == ["b"])
+    again, other = one_after_the_other(scheduler, a, b)
     again.end()
     assert not other.started.wait(0.05)
     clock.now += PATIENCE_SECONDS

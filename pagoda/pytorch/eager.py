@@ -430,8 +430,9 @@ def _wrong_argument(error: BaseException) -> BaseException | None:
     """What torch's own check of an operation's arguments has raised, if that is why."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return type(error)(_words(error)) if frame.f_code is torch._check_with.__code__ else None
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    checks = codes[-1:] == [torch._check_with.__code__]
+    return type(error)(_words(error)) if checks else None
 
 
 def _words(error: BaseException) -> str:

@@ -221,13 +221,17 @@ def _average_backward(dims: int, op: Any, grad, x, kernel_size, stride, padding,
     given = (list(kernel_size), list(stride), list(padding))
     size, padding = full(kernel_size, dims), full(padding, dims)
     stride = full(stride, dims) if stride not in ((), [], None) else size
-    # Inductor divides by the whole size of a window of which a part lies outside.
-    clipped = ceil_mode and divisor_override is None
+    counts = list(grad.shape[-dims:])
+    # Inductor divides by the whole size of a window of which a part lies beyond the padding.
+    clipped = ceil_mode and divisor_override is None and any(
+        (count - 1) * step + length > n + 2 * pad
+        for n, count, length, step, pad in zip(x.shape[-dims:], counts, size, stride, padding,
+                                               strict=True)
+    )  # fmt: skip
     if math.prod(size) <= LARGE and not clipped:
         if given == (size, stride, padding):  # else spell it out: Inductor knows no shorter form
             return NotImplemented
         return op(grad, x, size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    counts = list(grad.shape[-dims:])
     part = grad.float()
     part = part / _divisor(x, counts, size, stride, padding, count_include_pad, divisor_override)
     for d in range(dims):

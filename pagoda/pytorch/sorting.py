@@ -144,7 +144,8 @@ def mode(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
     places = torch.arange(row.shape[-1], device=x.device)
     if row.shape[-1] > LIMIT:
         ordered = row.sort(-1).values
-        begins = torch.cat([ordered[..., :1] == ordered[..., :1], ordered.diff(dim=-1) != 0], -1)
+        first = torch.ones_like(ordered[..., :1], dtype=torch.bool)
+        begins = torch.cat([first, ordered.diff(dim=-1) != 0], -1)
         counts = places - torch.where(begins, places, 0).cummax(-1).values
     else:
         ordered = row

@@ -28,7 +28,7 @@ from pagoda.sim.entry_checks import (
     require_count,
     require_multiple,
     reserved,
-    space,
+    unified,
     writes_local,
 )
 from pagoda.sim.functions import COST, FADDQ, FMA, FMUL, I2FMUL, LATENCY, OPERANDS, SELECT
@@ -199,7 +199,7 @@ def _prepare_vector(st, e):
             b_banks = mask
         else:
             c_banks = mask
-        reads(st, e, space(address), extent, mask)
+        reads(st, e, unified(address), extent, mask)
     if outside(st, target, target_extent):
         return fail(st, LOCAL_OUT_OF_RANGE, details.LOCAL_BOUNDS, target, target_extent)
     if target >> 31 and element_bytes(target_type) != 4:

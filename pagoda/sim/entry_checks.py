@@ -59,7 +59,7 @@ def outside(st, address, extent):
 
 
 @jit
-def space(address):
+def unified(address):
     """A local address in the space of all memories."""
     return address if address < 0x80000000 else (address & 0x7FFFFFFF) + ACC_SPACE
 
@@ -82,18 +82,18 @@ def writes(st, e, first, extent, banks):
 
 @jit
 def reads_local(st, e, address, extent):
-    reads(st, e, space(address), extent, bank_mask(st, address, extent))
+    reads(st, e, unified(address), extent, bank_mask(st, address, extent))
 
 
 @jit
 def writes_local(st, e, address, extent):
-    writes(st, e, space(address), extent, bank_mask(st, address, extent))
+    writes(st, e, unified(address), extent, bank_mask(st, address, extent))
 
 
 @jit
 def overlap(a, a_extent, b, b_extent):
     """Whether two local hulls share a byte."""
-    a, b = space(a), space(b)
+    a, b = unified(a), unified(b)
     return (a < b + b_extent) & (b < a + a_extent)
 
 
