@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import resource
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -264,6 +266,32 @@ def test_clients_killed_while_they_wait(path, device):
     for process in (waiting[0], running, waiting[1]):
         kill(process)
     assert multiply(device)[0] == multiply(Device(TINY))[0]
+
+
+SLOW_WATCH = """
+import time
+from pagoda.runtime.service.watch import Watch
+happened = Watch._happened
+Watch._happened = lambda self, fd: (time.sleep(0.05), happened(self, fd))
+"""
+
+
+def test_the_end_of_a_client_is_not_taken_for_that_of_the_next(tmp_path):
+    """One whose descriptors have the same numbers. Clients come and go, three at a time; a watch
+    that is slow sees their ends when others have come."""
+    path, chance, opened = tmp_path / "s", random.Random(0), []
+    with serving(path, before=SLOW_WATCH), contextlib.ExitStack() as stack:
+        for _ in range(20):
+            for leaving in opened[: chance.randint(1, 3)]:
+                opened.remove(leaving)
+                close(leaving)
+            time.sleep(chance.choice((0.0, 0.02)))
+            while len(opened) < 3:
+                opened.append(shared(path))
+                stack.callback(close, opened[-1])
+            time.sleep(0.02)
+            for each in opened:
+                multiply(each)  # else DeviceLost
 
 
 def test_reset_ends_launches_and_contexts(path, share):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_programs import Assembler
-from hypothesis import settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from service_support import ENDLESS, ILLEGAL, TINY, eventually, serving
@@ -154,14 +154,17 @@ requests = st.sampled_from([
 
 @st.composite
 def broken(draw: st.DrawFn) -> bytes:
-    """A message cut off, a message with another byte in it, or no message at all."""
+    """A message cut off, a message with another byte in it, or no message at all. None that the
+    service's owner may send: to reset or stop it."""
     whole = message(*draw(requests))
     match draw(st.integers(0, 2)):
         case 0:
             return whole[: draw(st.integers(1, len(whole) - 1))]
         case 1:
             at = draw(st.integers(0, len(whole) - 1))
-            return whole[:at] + draw(st.binary(min_size=1, max_size=1)) + whole[at + 1 :]
+            data = whole[:at] + draw(st.binary(min_size=1, max_size=1)) + whole[at + 1 :]
+            assume(HEADER.unpack_from(data)[2] not in (Type.RESET, Type.STOP))
+            return data
         case _:
             return draw(st.binary(min_size=1, max_size=100))
 

@@ -97,6 +97,15 @@ class Watch:
                 client.context.interrupt()
                 self._poll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
                 return
+            if not _ended(fd, what):  # one that had this number before has ended
+                return
         client.context.lose(Refused("lost", "its process ended"))
         with contextlib.suppress(OSError):  # a child may hold the connection of a dead process
             client.channel.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _ended(fd: int, what: str) -> bool:
+    """Whether the other end of a socket has closed, or the process of a pidfd has ended."""
+    now = select.poll()
+    now.register(fd, select.POLLRDHUP if what == "socket" else select.POLLIN)
+    return bool(now.poll(0))
