@@ -175,6 +175,24 @@ def test_gradients_of_averages_over_parts_of_windows(padding, counted, compiled)
     both(lambda x: F.avg_pool2d(x, 2, 2, **options), values(1, 2, 6, 8), compiled=compiled)
 
 
+@pytest.mark.parametrize("reduce", ["add", "multiply"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_scatters_that_reduce(dtype, reduce):
+    x, index = torch.randint(0, 4, (3, 4)).to(dtype), torch.tensor([[0, 1, 0], [2, 0, 0]])
+    source = torch.randint(0, 3, (2, 3)).to(dtype)
+    for compiled in (False, True):
+        for given in (source, 2):
+            both(lambda x, i, s: x.scatter(0, i, s, reduce=reduce), x, index, given,
+                 compiled=compiled)  # fmt: skip
+        both(lambda x, i, s: x.clone().scatter_(-1, i, s, reduce=reduce), x.T, index, source,
+             compiled=compiled)  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_in_a_tensor_without_elements(compiled):
+    both(lambda x: x.nonzero_static(size=3, fill_value=7), torch.zeros(2, 0, 3), compiled=compiled)
+
+
 def test_position_of_the_third_smallest():
     both(lambda x: tuple(torch.kthvalue(x, 3, 1)), values(4, 9))
 

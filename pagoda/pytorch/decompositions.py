@@ -238,6 +238,8 @@ _OURS: dict[Any, Callable] = {
     aten.nanmedian.dim: sorting.nanmedian_along,
     aten.kthvalue.default: sorting.kthvalue,
     aten.mode.default: sorting.mode,
+    aten.scatter.reduce: scatters.scatter,
+    aten.scatter.value_reduce: scatters.scatter,
     aten.scatter_reduce.two: scatters.scatter_reduce,
     aten.index_reduce.default: scatters.index_reduce,
     aten.masked_scatter.default: scatters.masked_scatter,

@@ -79,6 +79,15 @@ def scatter_reduce(
     return found.to(x.dtype)
 
 
+def scatter(
+    x: torch.Tensor, dim: int, index: torch.Tensor, src: Any, *, reduce: str
+) -> torch.Tensor:
+    """`Tensor.scatter` with a reduction, "add" or "multiply". src: a number or a tensor."""
+    if not isinstance(src, torch.Tensor):
+        src = torch.full_like(index, src, dtype=x.dtype)
+    return aten.scatter_reduce.two(x, dim, index, src, {"add": "sum", "multiply": "prod"}[reduce])
+
+
 def _summed(x, dim, index, src, include_self):
     if not include_self:
         x = x.scatter(dim, index, 0)
@@ -162,6 +171,8 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def nonzero_static(x: torch.Tensor, *, size: int, fill_value: int = -1) -> torch.Tensor:
     """The first `size` positions [size, dims] of elements that are not 0, then `fill_value`."""
+    if not x.numel():
+        return torch.full((size, x.dim()), fill_value, dtype=torch.int64, device=x.device)
     wanted = torch.arange(size, device=x.device)
     found = x.reshape(-1) != 0
     rank = cumsum(found, 0)  # the position of element k of them is where the rank becomes k + 1
