@@ -86,9 +86,9 @@ def cases(draw):
     op = OPERATIONS[draw(st.sampled_from(_passing(str(dtype).removeprefix("torch."))))]
     every = samples(op, dtype, 200)
     assume(every)
-    sample = draw(st.sampled_from(every))
-    assume(fits(op, sample))
-    return op, sample, draw(st.sampled_from(layouts(op)))
+    sample, layout = draw(st.sampled_from(every)), draw(st.sampled_from(layouts(op)))
+    assume(fits(op, sample, layout))
+    return op, sample, layout
 
 
 @settings(max_examples=15, derandomize=True)
