@@ -27,6 +27,7 @@ from pagoda.pytorch import (
     optimizers,
     qdq,
     scalars,
+    tracing,
 )
 from pagoda.pytorch.graph_pass import BiasPass, GraphPass
 from pagoda.pytorch.places import digest
@@ -186,6 +187,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
 def _register() -> None:
     guards.mend()
+    tracing.mend()
     compiled_mixing.mend()
     layouts.register()
     optimizers.register()
