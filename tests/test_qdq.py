@@ -142,3 +142,64 @@ def test_layer_with_its_quantize(kind, activation, zero_point, each):
     chip = device.state.executor.device.chip
     once = wanted.numel() // 40 * -(-40 // chip.lanes)
     assert each <= vector_cycles(lambda: compiled(there)) / once < each + 0.1
+
+
+class Layers(nn.Module):
+    """Two linear layers with values of one type before, between and behind them."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        w = torch.randint(-128, 128, (2, 32, 32), dtype=torch.int8, generator=generator)
+        self.register_buffer("w", w)
+        self.dtype, self.zero_point = dtype, 100 if dtype == torch.uint8 else -28
+
+    def forward(self, x):
+        for w in self.w:
+            x = requantised(x, 0.05, self.zero_point, self.dtype)
+            x = F.linear(x, qd.dequantize_per_tensor(w, 3e-3, 0, -128, 127, torch.int8))
+        return requantised(x, 0.05, self.zero_point, self.dtype)
+
+
+def test_uint8_costs_what_int8_costs():
+    x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(4))
+    found, wanted, cycles = [], [], []
+    for dtype in RANGES:
+        layers = Layers(dtype)
+        wanted.append(layers(x))
+        torch._dynamo.reset()
+        compiled = torch.compile(layers.to("pagoda"), backend="pagoda", dynamic=False)
+        there = x.to("pagoda")
+        found.append(compiled(there).cpu())
+        cycles.append(vector_cycles(lambda c=compiled, x=there: c(x)))
+    assert torch.equal(*wanted) and torch.equal(*found) and wanted[0].unique().numel() > 50
+    assert (found[0] - wanted[0]).abs().max() < 0.06
+    assert cycles[0] == cycles[1]
+
+
+def test_uint8_that_something_else_reads_stays():
+    def function(x, w):
+        q = qd.quantize_per_tensor(x, 0.05, 100, 0, 255, torch.uint8)
+        y = F.linear(qd.dequantize_per_tensor(q, 0.05, 100, 0, 255, torch.uint8), w)
+        return y, q
+
+    x, w = (torch.randn(8, 16, generator=torch.Generator().manual_seed(s)) for s in (5, 6))
+    torch._dynamo.reset()
+    y, q = torch.compile(function, backend="pagoda")(x.to("pagoda"), w.to("pagoda"))
+    wanted_y, wanted_q = function(x, w)
+    assert torch.equal(q.cpu(), wanted_q)
+    torch.testing.assert_close(y.cpu(), wanted_y, atol=0.1, rtol=0.02)
+
+
+def test_layers_of_other_floats_keep_their_type():
+    def function(x, w):
+        x = qd.dequantize_per_tensor(x, 0.05, 3, -128, 127, torch.int8, out_dtype=torch.bfloat16)
+        w = qd.dequantize_per_tensor(w, 0.05, 0, -128, 127, torch.int8, out_dtype=torch.bfloat16)
+        return F.linear(x, w)
+
+    generator = torch.Generator().manual_seed(7)
+    x, w = torch.randint(-128, 128, (2, 8, 16), dtype=torch.int8, generator=generator)
+    torch._dynamo.reset()
+    found = torch.compile(function, backend="pagoda")(x.to("pagoda"), w.to("pagoda"))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.cpu(), function(x, w), atol=0.5, rtol=0.02)

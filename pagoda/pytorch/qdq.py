@@ -5,7 +5,9 @@
 with the bias as its offset; and if nothing but a quantize to int8 with one scale reads the result,
 perhaps through a ReLU, that too: the ReLU is a bound then, none if the zero point is -128. Anything
 else that follows is fused into the kernel like any pointwise operation. x int8 or uint8 with any
-zero point, one scale; w int8 with a scale for all or per output channel, symmetric.
+zero point, one scale; w int8 with a scale for all or per output channel, symmetric. What is
+quantised to uint8 and only dequantised again, as ONNX's tools write it, is int8 with a zero point
+128 lower: the same values, which the array takes as they are.
 
 The sums are exact, where the graph as it is written would multiply dequantised floats and round
 each step; the zero point of a result is added before it is rounded. So values near the middle of
@@ -126,7 +128,7 @@ def use_int8(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     points of weights are looked at."""
     places = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = dict(zip(places, example_inputs, strict=False))
-    changed = False
+    changed = _make_signed(gm.graph)
     for node in list(gm.graph.nodes):
         made = _LAYERS.get(_name(node))
         if made is None or len(node.args) < 2:
@@ -148,6 +150,32 @@ def use_int8(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     if changed:
         gm.graph.eliminate_dead_code()
         gm.recompile()
+
+
+def _make_signed(graph: fx.Graph) -> bool:
+    """Tensors that are uint8 only between a quantize and its dequantizes made int8."""
+    changed = False
+    for node in graph.nodes:
+        if _name(node) != _QUANTIZE or not _is_uint8_of_constants(node):
+            continue
+        readers = list(node.users)
+        if not all(_name(r) == _PER_TENSOR and _is_uint8_of_constants(r) for r in readers):
+            continue
+        for pair in (node, *readers):
+            x, scale, *whole, _ = pair.args
+            pair.args = (x, scale, *(number + INT8_MIN for number in whole), torch.int8)
+        for key in ("example_value", "val"):
+            if key in node.meta:
+                node.meta[key] = node.meta[key].to(torch.int8)
+        changed = True
+    return changed
+
+
+def _is_uint8_of_constants(node: fx.Node) -> bool:
+    """Whether it is uint8 with a zero point and bounds known before the model runs."""
+    if len(node.args) != 6 or node.args[5] != torch.uint8:
+        return False
+    return all(isinstance(number, int) for number in node.args[2:5])
 
 
 def _quantise(graph: fx.Graph, layer: fx.Node) -> None:
@@ -187,8 +215,11 @@ def _name(node: Any) -> str:
 
 
 def _dequantised(node: Any) -> tuple[Any, Any, Any] | None:
-    """(values, scale, zero point) of a dequantised tensor; per channel only along the first."""
+    """(values, scale, zero point) of a tensor dequantised to float32; per channel only along the
+    first."""
     name = _name(node)
+    if name in (_PER_TENSOR, _PER_CHANNEL) and node.kwargs.get("out_dtype") is not None:
+        return None
     if name == _PER_TENSOR and node.args[5] in (torch.int8, torch.uint8):
         return node.args[:3]
     if name == _PER_CHANNEL and node.args[3] == 0 and node.args[6] == torch.int8:
