@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from service_support import ROOT, TINY, close, eventually, figures, multiply, run_python, serving
@@ -60,6 +61,30 @@ def test_a_service_from_start_to_stop(pagoda, folder):
     assert stopped == (0, f"the device service on {path} (process {pid}) is stopped\n", "")
     assert not path.exists()
     assert "INFO stopped" in (folder / "default.log").read_text()
+
+
+def _ended(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_ended_leaves_no_service(folder, number):
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from pagoda.cli import main; main()"  # a shell's background jobs ignore SIGINT
+    command = [sys.executable, "-c", code, "device", "start", "--chip", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as start:
+        children = Path(f"/proc/{start.pid}/task/{start.pid}/children")
+        assert eventually(children.read_text)
+        (service,) = map(int, children.read_text().split())
+        start.send_signal(number)
+        out, _ = start.communicate()
+    assert (start.returncode, out) == (128 + number, b"")
+    assert eventually(lambda: _ended(service))
+    Lock(folder / "default.sock").release()  # nobody has it
 
 
 @pytest.mark.parametrize("command", ["stop", "status", "reset"])

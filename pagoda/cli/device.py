@@ -128,7 +128,7 @@ def _start_apart(path: Path, words: list[str]) -> None:
                 if answers(path):
                     return
                 time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
             process.terminate()
             raise
         if process.poll() is None:
