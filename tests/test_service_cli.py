@@ -10,11 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from service_support import ROOT, TINY, close, eventually, figures, multiply, run_python, serving
 
+from pagoda.cli import device
 from pagoda.isa import PRESETS
 from pagoda.runtime import Device, ServiceError, open_device
 from pagoda.runtime.service.discovery import chip_of_service
@@ -63,27 +63,33 @@ def test_a_service_from_start_to_stop(pagoda, folder):
     assert "INFO stopped" in (folder / "default.log").read_text()
 
 
-def _ended(process: int) -> bool:
+@pytest.mark.parametrize("moment", ["as it begins", "as it is waited for"])
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "")])
+def test_a_start_that_is_ended_leaves_no_service(
+    pagoda, folder, monkeypatch, number, said, moment
+):  # fmt: skip
+    started = []
+
+    class Started(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            started.append(self)
+            if moment == "as it begins":
+                signal.raise_signal(number)
+
+    def waiting(path):
+        signal.raise_signal(number)
+        return False
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    monkeypatch.setattr(device, "answers", waiting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state == "Z"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_start_that_is_ended_leaves_no_service(folder, number):
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from pagoda.cli import main; main()"  # a shell's background jobs ignore SIGINT
-    command = [sys.executable, "-c", code, "device", "start", "--chip", "tiny"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as start:
-        children = Path(f"/proc/{start.pid}/task/{start.pid}/children")
-        assert eventually(children.read_text)
-        (service,) = map(int, children.read_text().split())
-        start.send_signal(number)
-        out, _ = start.communicate()
-    assert (start.returncode, out) == (128 + number, b"")
-    assert eventually(lambda: _ended(service))
+        code, out, err = pagoda("device", "start", "--chip", "tiny")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, out, err.strip()) == (128 + number, "", said)
+    started[0].wait(60)
     Lock(folder / "default.sock").release()  # nobody has it
 
 

@@ -21,6 +21,7 @@ import click
 from pagoda.cli.options import json_option
 from pagoda.isa.chip import load_chip
 from pagoda.runtime.errors import ServiceError
+from pagoda.runtime.interrupts import held_interrupts
 from pagoda.runtime.service.discovery import DEFAULT_CHIP, VARIABLE
 from pagoda.runtime.service.limits import load_limits
 from pagoda.runtime.service.paths import (
@@ -38,6 +39,7 @@ from pagoda.runtime.service.remote import Connection, NotRunning, answers
 _START_SECONDS = 600.0  # on a new computer the simulator is compiled first
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.02
+_ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _path(context: click.Context, parameter: click.Parameter, value: str | None) -> Path:
@@ -117,19 +119,22 @@ def _start_apart(path: Path, words: list[str]) -> None:
     """Start the service as a process of its own; returns when it answers."""
     code = "from pagoda.cli import main; main()"
     command = [sys.executable, "-c", code, "device", "start", "--foreground", *words]
+    process = None
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
-            start_new_session=True,
-        )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
         try:
+            with held_interrupts(numbers=_ENDS):  # a process that is not known cannot be ended
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                    start_new_session=True,
+                )  # fmt: skip
             while process.poll() is None and time.monotonic() < deadline:
                 if answers(path):
                     return
                 time.sleep(_POLL_SECONDS)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-            process.terminate()
+        except (KeyboardInterrupt, SystemExit):
+            if process is not None:
+                process.terminate()
             raise
         if process.poll() is None:
             process.kill()
@@ -175,7 +180,7 @@ def _serve(path: Path, chip: str, config: Path | None, log: Path | None, mode: i
     found, limits = load_chip(chip), load_limits(config)
     run_nothing(Device(found))  # compiles the simulator, if it must be; nobody waits for it yet
     service = Service(found, path, limits=limits, mode=mode, problems=problems)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDS:
         signal.signal(number, lambda *_: service.stop())
     service.run()
     with contextlib.suppress(OSError):  # the disk is still full
